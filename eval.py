@@ -1,0 +1,333 @@
+"""The verdict: how much of its teacher does a student know?
+
+    python eval.py runs/x/checkpoint_latest.pth
+    python eval.py runs/x/checkpoint_epoch_{1,10,20,50}.pth          # a row each
+    python eval.py runs/x/checkpoint_latest.pth --dataset owner/name # on other data
+
+The checkpoint's own config says the rest. Features of the whole, uncropped images are judged by
+k-NN (DINO, Caron et al. 2021) and a linear probe (DINOv2's logistic regression: L-BFGS, its
+strength chosen on part of train), beside the teacher, a randomly initialised student and raw
+pixels under the same code. Prints a table and writes eval.json next to the first checkpoint. Labels
+are read here and nowhere else.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from config import Config, EvalConfig, UserError, cli
+from model import (
+    Backbone, Distiller, build_student, load_teacher, pick_device, pick_dtype, spread, student_kwargs,
+)
+
+TEMPERATURE = 0.07  # of k-NN votes, DINO
+NEIGHBOURS = (10, 20)  # the last one is the headline
+STRENGTHS = tuple(10.0**e for e in range(-5, 3))  # C of the probe, smallest first
+HOLDOUT = 0.1  # share of train on which C is chosen
+PIXELS = 32  # side of the raw-pixel baseline
+
+
+# ---------------------------------------------------------------------------- features
+
+
+@torch.inference_mode()
+def extract(backbone: Backbone, store: data.Store, rows: np.ndarray, batch_size: int, dtype) -> Tensor:
+    """CLS embeddings of whole images: float32 [len(rows), D] on the CPU."""
+    device, out = backbone.mean.device, []
+    backbone.eval()
+    for some in tqdm(np.array_split(rows, -(-len(rows) // batch_size)), desc="features", leave=False, disable=None):
+        images = data.render(torch.from_numpy(store.images[some]).to(device), None, backbone.image_size)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out.append(backbone(images).cls.float().cpu())
+    return torch.cat(out)
+
+
+@torch.inference_mode()
+def throughput(backbone: Backbone, batch_size: int, dtype) -> float:
+    """Forward images per second on a ready batch, median of 5."""
+    device, seconds = backbone.mean.device, []
+    images = torch.rand(batch_size, 3, backbone.image_size, backbone.image_size, device=device)
+    for _ in range(6):
+        begin = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            backbone(images).cls.float().sum().item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - begin)
+    return batch_size / float(np.median(seconds[1:]))  # the first one warms up
+
+
+# ---------------------------------------------------------------------------- judges
+
+
+def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int, chunk: int = 1024) -> Tensor:
+    """Weighted k-NN on the cosine, votes exp(cos / 0.07): predicted labels int64 [Q].
+
+    train [N, D], labels int64 [N] >= 0, queries [Q, D]; float32 throughout. k is at most N.
+    Predicts what scikit-learn's KNeighborsClassifier does with the same metric and weights.
+    """
+    train, classes = F.normalize(train.float(), dim=1), int(labels.max()) + 1
+    predictions = []
+    for some in F.normalize(queries.float(), dim=1).split(chunk):
+        cos, nearest = (some @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(some), classes, device=train.device)
+        votes.scatter_add_(1, labels[nearest], ((cos - 1) / TEMPERATURE).exp())
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
+
+
+def fit_probe(x: Tensor, y: Tensor, classes: int, C: float, start: Tensor | None = None) -> Tensor:
+    """Multinomial logistic regression: weights and bias float64 [D + 1, classes], the bias last.
+
+    x: float64 [N, D], standardised. Minimises mean cross-entropy + |W|^2 / (2 C N), bias free:
+    scikit-learn's LogisticRegression(C), by full-batch L-BFGS. start: weights to begin from.
+    """
+    w = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype, device=x.device) if start is None else start.clone()
+    w.requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        [w], max_iter=1000, history_size=10, tolerance_grad=1e-6, tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        loss = F.cross_entropy(torch.addmm(w[-1], x, w[:-1]), y) + w[:-1].square().sum() / (2 * C * len(x))
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return w.detach()
+
+
+def linear_probe(train: Tensor, labels: Tensor, test: Tensor) -> tuple[Tensor, float]:
+    """Standardise, choose C on a tenth of train, refit on all of it -> (predictions int64, C).
+
+    C grows until it stops helping; each fit starts from the last. Test features are used once.
+    """
+    train, test = train.double(), test.double()
+    mean, std = train.mean(0), train.std(0).clamp_min(1e-8)
+    train, test = (train - mean) / std, (test - mean) / std
+    classes = int(labels.max()) + 1
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
+    held, rest = order.tensor_split([max(1, int(HOLDOUT * len(order)))])
+    w, best, best_C, worse = None, -1.0, STRENGTHS[0], 0
+    for C in STRENGTHS:
+        w = fit_probe(train[rest], labels[rest], classes, C, w)
+        accuracy = ((train[held] @ w[:-1] + w[-1]).argmax(1) == labels[held]).double().mean().item()
+        worse = 0 if accuracy > best else worse + 1
+        if accuracy > best:
+            best, best_C = accuracy, C
+        if worse == 2:
+            break
+    w = fit_probe(train, labels, classes, best_C, w)
+    return (test @ w[:-1] + w[-1]).argmax(1), best_C
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the singular values, centred (Roy and Vetterli 2007): 1 to D."""
+    centred = features.double() - features.double().mean(0)
+    share = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
+    share = share / share.sum().clamp_min(1e-300)
+    return float(torch.special.entr(share).sum().exp())
+
+
+def judge(train: Tensor, y: Tensor, test: Tensor, y_test: Tensor, probe: bool = True) -> dict:
+    """Accuracies (if there are labels) and diagnostics of one model's features."""
+    row = dict(spread=float(spread(test)), rank=effective_rank(test))
+    if len(y) and len(y_test):
+        for k in NEIGHBOURS:
+            row[f"knn{k}"] = float((knn_predict(train, y, test, k) == y_test).float().mean())
+        if probe:
+            predicted, row["C"] = linear_probe(train, y, test)
+            row["linear"] = float((predicted == y_test).float().mean())
+    return row
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def read_checkpoint(path: Path) -> tuple[dict, Config]:
+    """A checkpoint of train.py -> (its contents, its Config). Runs no code from the file.
+
+    Raises UserError when it is missing, damaged or another program's.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        known = {f.name for f in dataclasses.fields(Config)}
+        return saved, Config(**{k: v for k, v in saved["config"].items() if k in known})
+    except FileNotFoundError:
+        raise UserError(f"no such checkpoint: {path}") from None
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a checkpoint of this program, or it is damaged: {why}") from error
+
+
+def student_of(saved: dict, cfg: Config) -> Backbone:
+    """The trained student of a checkpoint, in eval mode."""
+    student = build_student(cfg.student, cfg.student_size, cfg.pool, **student_kwargs(cfg.student_args))
+    try:
+        student.net.load_state_dict(saved["student"])
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint's weights do not fit {cfg.student}: {error}") from error
+    return student.eval()
+
+
+def merged(cfg: Config, args: EvalConfig) -> Config:
+    """The checkpoint's config with what eval.py was told instead."""
+    names = "train_split test_split image_column label_column cache_dir num_workers teacher_weights".split()
+    told = {name: getattr(args, name) for name in names if getattr(args, name) not in ("", -1)}
+    if args.dataset:  # columns, splits and subsets belong to the training data
+        told = dict(image_column="", label_column="", test_split="", train_split="train", store_size=0,
+                    max_samples=0) | told
+        told["dataset"] = args.dataset
+    return dataclasses.replace(cfg, device=args.device, precision=args.precision, **told)
+
+
+def subset(store: data.Store, count: int, labelled: bool) -> np.ndarray:
+    """Positions of a fixed random subset (0 = all), of labelled images if asked."""
+    rows = np.flatnonzero(store.labels >= 0) if labelled else np.arange(len(store))
+    return np.sort(np.random.default_rng(0).permutation(rows)[:count]) if 0 < count < len(rows) else rows
+
+
+class Bench:
+    """Train and test images of one config, ready to judge any backbone on."""
+
+    def __init__(self, cfg: Config, max_train: int = 0, max_test: int = 0, batch_size: int = 256):
+        limit = max(cfg.teacher_size, cfg.student_size)
+        # The training split's store is shared with train.py, subset or not.
+        self.train = data.open_store(cfg, cfg.train_split, limit, cfg.max_samples)
+        self.test = data.open_store(cfg, cfg.test_split, limit)
+        self.device, self.batch_size = pick_device(cfg.device), batch_size
+        self.dtype = pick_dtype(cfg.precision, self.device)
+        self.labelled = bool((self.train.labels >= 0).any() and (self.test.labels >= 0).any())
+        self.train_rows = subset(self.train, max_train, self.labelled)
+        self.test_rows = subset(self.test, max_test, self.labelled)
+        names, y = np.unique(self.train.labels[self.train_rows], return_inverse=True)
+        # A test label that train does not have can only be wrong: one class beyond the known ones.
+        known = {name: i for i, name in enumerate(names)}
+        y_test = [known.get(name, len(names)) for name in self.test.labels[self.test_rows].tolist()]
+        empty = torch.empty(0, dtype=torch.long)
+        self.y = torch.from_numpy(y) if self.labelled else empty
+        self.y_test = torch.tensor(y_test) if self.labelled else empty
+
+    def features(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
+        pairs = ((self.train, self.train_rows), (self.test, self.test_rows))
+        return tuple(extract(backbone, store, rows, self.batch_size, self.dtype) for store, rows in pairs)
+
+    def judge(self, train: Tensor, test: Tensor, probe: bool = True) -> dict:
+        # MPS has no float64; there the judges work on the CPU.
+        device = self.device if self.device.type == "cuda" else torch.device("cpu")
+        return judge(*(t.to(device) for t in (train, self.y, test, self.y_test)), probe=probe)
+
+    def model_row(self, name: str, backbone: Backbone, features, probe: bool) -> dict:
+        row = dict(model=name, parameters=backbone.parameter_count, size=backbone.image_size)
+        row["images_per_s"] = throughput(backbone, min(64, self.batch_size), self.dtype)
+        return row | self.judge(*features, probe=probe)
+
+
+# ---------------------------------------------------------------------------- table
+
+
+COLUMNS = (  # heading, key, format
+    ("model", "model", "s"), ("k-NN 20", "knn20", ".1%"), ("k-NN 10", "knn10", ".1%"),
+    ("linear", "linear", ".1%"), ("keeps k-NN", "retention_knn", ".1%"), ("keeps linear", "retention_linear", ".1%"),
+    ("cos", "cos", ".3f"), ("spread", "spread", ".3f"), ("rank", "rank", ".0f"),
+    ("params", "parameters", "M"), ("images/s", "images_per_s", ".0f"),
+)
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, aligned so that a terminal shows it as well; columns nobody filled are left out."""
+    columns = [c for c in COLUMNS if any(c[1] in row for row in rows)]
+
+    def cell(row, key, how):
+        if key not in row:
+            return "-"
+        return f"{row[key] / 1e6:.2f} M" if how == "M" else format(row[key], how)
+
+    lines = [[c[0] for c in columns], *([cell(row, *c[1:]) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    lines.insert(1, ["-" * w for w in widths])
+    return "\n".join("| " + " | ".join(t.ljust(w) for t, w in zip(ln, widths, strict=True)) + " |" for ln in lines)
+
+
+def main(args: EvalConfig) -> list[dict]:
+    """Evaluate args.checkpoints; returns the table's rows."""
+    rows, bench, base = [], None, None
+    for path in map(Path, args.checkpoints):
+        saved, cfg = read_checkpoint(path)
+        cfg = merged(cfg, args)
+        shared = (cfg.dataset, cfg.teacher, cfg.teacher_size, cfg.student_size, cfg.teacher_weights)
+        if shared != base:  # the data and the teacher; the same for the checkpoints of one run
+            base, bench, teacher_row, teacher, teacher_features = shared, None, {}, None, None
+            bench = Bench(cfg, args.max_train, args.max_test, args.batch_size)
+            print(f"{cfg.dataset}: {len(bench.train_rows)} training and {len(bench.test_rows)} test images, "
+                  f"{bench.device.type} {str(bench.dtype).split('.')[1]}", flush=True)
+            if not bench.labelled:
+                print("no labels in both splits: k-NN and linear probe are skipped (--label_column?)")
+            if args.baselines:
+                try:
+                    teacher = load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights).to(bench.device)
+                    teacher_features = bench.features(teacher)
+                    teacher_row = bench.model_row(f"teacher {cfg.teacher}", teacher, teacher_features, args.probe)
+                    rows.append(teacher_row)
+                except UserError as error:
+                    print(f"without the teacher's row: {error}")
+                if bench.labelled:
+                    pixels = [data_pixels(s, r) for s, r in ((bench.train, bench.train_rows), (bench.test, bench.test_rows))]
+                    rows.append(dict(model=f"raw pixels {PIXELS} px", **bench.judge(*pixels, probe=False)))
+                torch.manual_seed(cfg.seed)
+                random = build_student(cfg.student, cfg.student_size, cfg.pool, **student_kwargs(cfg.student_args))
+                random = random.to(bench.device)
+                rows.append(bench.model_row("random student", random, bench.features(random), args.probe))
+        student = student_of(saved, cfg).to(bench.device)
+        features = bench.features(student)
+        row = bench.model_row(f"student, epoch {saved['epoch']:g}", student, features, args.probe)
+        for key, of in (("retention_knn", f"knn{NEIGHBOURS[-1]}"), ("retention_linear", "linear")):
+            if of in row and teacher_row.get(of):
+                row[key] = row[of] / teacher_row[of]
+        if teacher is not None:
+            distiller = Distiller(student, teacher, cfg)
+            distiller.load_state_dict(saved["heads"], strict=False)
+            head = distiller.cls_head.to("cpu")
+            predicted = head.predict(features[1]).detach()
+            row["cos"] = float(F.cosine_similarity(predicted, head.target(teacher_features[1])).mean())
+        rows.append(row | dict(checkpoint=str(path), epoch=saved["epoch"]))
+    print(table(rows))
+    out = Path(args.checkpoints[0]).parent / "eval.json"
+    out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"written to {out}")
+    if args.save_features:
+        save_features(Path(args.save_features), bench, features)
+    return rows
+
+
+def data_pixels(store: data.Store, rows: np.ndarray) -> Tensor:
+    """Raw pixels as features: float32 [len(rows), 3 * PIXELS * PIXELS]."""
+    parts = np.array_split(rows, -(-len(rows) // 1024))
+    return torch.cat([data.render(torch.from_numpy(store.images[p]), None, PIXELS).flatten(1) for p in parts])
+
+
+def save_features(path: Path, bench: Bench, features: tuple[Tensor, Tensor]) -> None:
+    """train_ and test_: features float32 [N, D], labels int64 [N], rows int64 [N] in the source."""
+    from safetensors.torch import save_file
+
+    out = {}
+    for name, store, rows, values in (
+        ("train", bench.train, bench.train_rows, features[0]), ("test", bench.test, bench.test_rows, features[1]),
+    ):
+        out[f"{name}_features"] = values.contiguous()
+        out[f"{name}_labels"] = torch.from_numpy(store.labels[rows])
+        out[f"{name}_rows"] = torch.from_numpy(store.rows[rows])
+    save_file(out, path)
+    print(f"features written to {path}")
+
+
+if __name__ == "__main__":
+    cli(main, EvalConfig)

@@ -1,0 +1,398 @@
+"""Networks: the frozen teacher, the student, the heads between them, and the loss.
+
+`load_teacher` and `build_student` return a `Backbone`, which hides what differs between DINOv2,
+other ViTs and conv nets: images in [0, 1] go in, a CLS embedding and a grid of patch embeddings
+come out. A `Head` takes both sides to one width; only its student side ever trains. `Distiller` is
+student + heads + loss in one module, so that compile and DDP wrap one thing.
+
+Axes: B batch, N patches (row-major over the grid), D width. Dt, Ds: the teacher's, the student's D.
+
+DINOv2 (Oquab et al. 2023), registers (Darcet et al. 2023); the fixed, centred projection is in the
+line of PHI-S (Ranzinger et al. 2024), learned heads in that of Proteus and UNIC (2024).
+"""
+
+import ast
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import UserError, hub_error, hub_online, nearest
+
+TEACHERS = {  # the official names -> timm's
+    f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2.lvd142m"
+    for size in ("small", "base", "large", "giant")
+    for reg in ("", "_reg")
+}
+DEMO_TEACHER = Path(__file__).parent / "assets" / "demo_teacher.safetensors"
+DEMO_SIZE = 48  # pixels at which its position table was trained
+DEMO_ARGS = dict(patch_size=8, embed_dim=64, depth=6, num_heads=4, init_values=1.0)
+TOKENS_PER_IMAGE = 8  # patches of each image in the statistics of a Head
+
+
+class Features(NamedTuple):
+    """What a Backbone says of a batch: cls [B, D], patches [B, N, D], in the forward's dtype."""
+
+    cls: Tensor
+    patches: Tensor
+
+
+class Backbone(nn.Module):
+    """A timm model behind one interface.
+
+    forward: images float [B, 3, H, W] in [0, 1], normalised here by the model's own constants ->
+    Features. The CLS embedding is the CLS token, or the mean of the patches for pool "mean" and for
+    models without one (then conv nets: global average and flattened map of the last stage).
+    Attributes: net (the timm model), image_size, embed_dim, grid (rows, columns).
+    """
+
+    def __init__(self, net: nn.Module, image_size: int, shape: dict, pool: str = "cls"):
+        super().__init__()
+        self.net, self.image_size, self.pool = net, image_size, pool
+        self.embed_dim, self.grid = shape["embed_dim"], shape["grid"]
+        # A conv net's map may keep its channels last; the ViTs that end in a mean keep their last
+        # norm in `fc_norm`, where forward_features does not reach it.
+        self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+        self.token_norm = getattr(net, "fc_norm", None) or nn.Identity()
+        for name in ("mean", "std"):
+            value = torch.tensor(net.pretrained_cfg[name], device="cpu").view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, images: Tensor) -> Features:
+        x = self.net.forward_features((images - self.mean) / self.std)
+        if x.ndim == 4:
+            patches = x.flatten(1, 2) if self.channels_last else x.flatten(2).mT
+            return Features(patches.mean(1), patches)
+        x = self.token_norm(x)
+        patches = x[:, getattr(self.net, "num_prefix_tokens", 0) :]
+        has_cls = getattr(self.net, "cls_token", None) is not None
+        return Features(x[:, 0] if has_cls and self.pool == "cls" else patches.mean(1), patches)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.net.parameters())
+
+
+def _create(name: str, image_size: int, **timm_kwargs) -> nn.Module:
+    """A timm model for image_size. Transformers are told the size, conv nets take any."""
+    with torch.device("meta"):
+        resizable = hasattr(timm.create_model(name, num_classes=0, **timm_kwargs), "set_input_size")
+    if resizable:
+        timm_kwargs["img_size"] = image_size
+    return timm.create_model(name, num_classes=0, **timm_kwargs)
+
+
+@functools.cache
+def describe(name: str, image_size: int, timm_kwargs: tuple = ()) -> dict:
+    """embed_dim, grid and parameters of a timm model, found on the meta device: no memory, no weights.
+
+    Raises what timm raises for arguments the model does not take, UserError for a size that is
+    not a multiple of its patch (timm would drop the border without a word).
+    """
+    with torch.device("meta"):
+        net = _create(name, image_size, **dict(timm_kwargs))
+        patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
+        if patch and image_size % patch[0]:
+            low = image_size // patch[0] * patch[0]
+            raise UserError(f"{image_size} px is not a multiple of {name}'s {patch[0]} px patch: "
+                            f"use {low or patch[0]} or {low + patch[0]}")
+        x = net.eval().forward_features(torch.zeros(1, 3, image_size, image_size))
+        if x.ndim == 4:
+            grid = x.shape[1:3] if getattr(net, "output_fmt", "") == "NHWC" else x.shape[2:]
+            width = x.shape[-1] if getattr(net, "output_fmt", "") == "NHWC" else x.shape[1]
+        else:
+            grid, width = net.patch_embed.grid_size, x.shape[-1]
+    return dict(embed_dim=width, grid=tuple(grid), parameters=sum(p.numel() for p in net.parameters()))
+
+
+def _teacher_spec(name: str) -> tuple[str, dict]:
+    """Teacher name -> timm name and arguments, without the image size."""
+    if name == "demo":
+        return "vit_small_patch14_dinov2", DEMO_ARGS
+    return TEACHERS.get(name, name), {}
+
+
+def student_kwargs(text: str) -> dict:
+    """'depth=6 embed_dim=192' -> {"depth": 6, "embed_dim": 192}. Raises UserError."""
+    try:
+        pairs = (item.partition("=") for item in text.replace(",", " ").split())
+        return {name: ast.literal_eval(value) for name, _, value in pairs}
+    except (ValueError, SyntaxError):
+        raise UserError(f"--student_args {text!r}: write name=value, separated by spaces") from None
+
+
+def problems(cfg) -> list[str]:
+    """Everything wrong with the models of a Config, before anything is downloaded or written."""
+    found = []
+    known = timm.list_models()
+    names = [("teacher", _teacher_spec(cfg.teacher)[0]), ("student", cfg.student)]
+    for role, name in names:
+        if name.split(".")[0] not in known:
+            choices = [*TEACHERS, "demo", *known] if role == "teacher" else known
+            hint = nearest(name, choices)
+            found.append(f"--{role} {name}: not a name that timm {timm.__version__} knows{hint}")
+            continue
+        try:
+            if role == "teacher":
+                describe(name, cfg.teacher_size, tuple(_teacher_spec(cfg.teacher)[1].items()))
+                continue
+            kwargs = student_kwargs(cfg.student_args)
+            info = describe(name, cfg.student_size, tuple(kwargs.items()))
+            if info["parameters"] > cfg.max_student_params:
+                found.append(
+                    f"--student {name}: {info['parameters'] / 1e6:.1f} M parameters, above "
+                    f"--max_student_params {cfg.max_student_params}"
+                )
+            if cfg.local_crops:
+                describe(name, cfg.local_size, tuple(kwargs.items()))
+        except UserError as error:
+            found.append(f"--{role}_size: {error}" if "patch" in str(error) else str(error))
+        except Exception as error:  # timm models fail in many ways when given what they do not take
+            found.append(f"--{role} {name}: timm cannot build it at this size with these arguments: {error}")
+    return found
+
+
+def build_student(name: str, image_size: int, pool: str = "cls", **timm_kwargs) -> Backbone:
+    """A randomly initialised student for image_size; seed torch first to repeat it."""
+    shape = describe(name, image_size, tuple(timm_kwargs.items()))
+    return Backbone(_create(name, image_size, **timm_kwargs), image_size, shape, pool)
+
+
+def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
+    """The frozen teacher, in eval mode, for image_size.
+
+    name: an official DINOv2 name, "demo", or any timm model. weights: a local file, .pth of the
+    official DINOv2 release or .pth / .safetensors of timm; "" takes timm's from the Hub.
+    DINOv2 features equal the official code's at every size: see `official_position_table`.
+    Raises UserError: no network, unknown weights, a file that is not this model's.
+    """
+    timm_name, kwargs = _teacher_spec(name)
+    shape = describe(timm_name, image_size, tuple(kwargs.items()))
+    if name == "demo":
+        weights, kwargs = weights or str(DEMO_TEACHER), dict(kwargs, img_size=DEMO_SIZE)
+    overlay = dict(file=weights) if weights else None
+    advice = "--teacher_weights FILE with the downloaded weights, or --preset demo"
+    if not weights:
+        hub_online()
+    try:
+        # At its native size first: the full position table is needed below.
+        net = timm.create_model(
+            timm_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs
+        )
+    except Exception as error:
+        if weights:
+            reason = str(error).strip()[:300]
+            raise UserError(f"--teacher_weights {weights} does not fit {timm_name}: {reason}") from error
+        raise hub_error(f"the weights of {timm_name}", advice, error) from error
+    if hasattr(net, "set_input_size"):
+        table = net.pos_embed
+        net.set_input_size(img_size=image_size)
+        if "dinov2" in timm_name and "reg4" not in timm_name:
+            net.pos_embed = nn.Parameter(official_position_table(table, net.patch_embed.grid_size))
+    return Backbone(net.requires_grad_(False).eval(), image_size, shape)
+
+
+def official_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """DINOv2's position table for another grid, as the official code resamples it.
+
+    table: [1, 1 + G * G, D] with the CLS position first; grid: (rows, columns). Returns
+    [1, 1 + rows * columns, D]. The official models without registers were made with bicubic
+    interpolation, no anti-aliasing, and a scale factor of (g + 0.1) / G in place of the size; timm
+    passes the size and anti-aliases, which moves patch tokens by up to 10% at 98 px. The models
+    with registers do as timm does.
+    """
+    G = int((table.shape[1] - 1) ** 0.5)
+    if grid == (G, G):
+        return table
+    patches = table[:, 1:].reshape(1, G, G, -1).permute(0, 3, 1, 2)
+    factor = tuple((g + 0.1) / G for g in grid)
+    patches = F.interpolate(patches, scale_factor=factor, mode="bicubic", antialias=False)
+    return torch.cat([table[:, :1], patches.flatten(2).mT], 1)
+
+
+def resample_patches(patches: Tensor, grid: tuple, new_grid: tuple) -> Tensor:
+    """Patch tokens [B, N, D] on one grid -> [B, N', D] on another, by position in the image."""
+    if tuple(grid) == tuple(new_grid):
+        return patches
+    maps = patches.float().mT.unflatten(2, grid)
+    maps = F.interpolate(maps, size=new_grid, mode="bilinear", antialias=True, align_corners=False)
+    return maps.flatten(2).mT
+
+
+# ---------------------------------------------------------------------------- loss
+
+
+def cosine_loss(student: Tensor, target: Tensor) -> Tensor:
+    """Mean cosine distance, 1 - cos: (..., D) of any float dtype, reduced in float32, in [0, 2]."""
+    return 1 - F.cosine_similarity(student.float(), target.float(), dim=-1).mean()
+
+
+def mse_loss(student: Tensor, target: Tensor) -> Tensor:
+    """Mean over D of the squared difference of unit vectors.
+
+    Equals (2 - 2 cos) / D: the cosine loss's direction, D / 2 times smaller. With a learning rate
+    made for the cosine loss it hardly trains; it is here because people start with it.
+    """
+    return F.mse_loss(F.normalize(student.float(), dim=-1), F.normalize(target.float(), dim=-1))
+
+
+def smooth_l1_loss(student: Tensor, target: Tensor) -> Tensor:
+    """Mean Huber distance (beta 1); targets are standardised per dimension by the Head."""
+    return F.smooth_l1_loss(student.float(), target.float())
+
+
+LOSSES = dict(cosine=cosine_loss, mse=mse_loss, smooth_l1=smooth_l1_loss)
+
+
+class Head(nn.Module):
+    """Brings teacher and student to one width; nothing on the teacher's side ever trains.
+
+    Teacher: target = ((features - mean) @ basis) / scale, all three measured or drawn once by `fit`.
+      pca      basis = the principal axes, Ds of them. A narrower teacher (Dt < Ds) fills the
+               first Dt dimensions and leaves the others zero.
+      frozen   basis = random orthonormal axes.
+      linear, mlp   no basis.
+    Student: predict(features) is the identity for pca and frozen, so that what was trained is what
+    is used, and a trained map Ds -> Dt, thrown away afterwards, for linear and mlp.
+
+    The mean goes because a teacher's features share a large common part, on which a cosine would
+    mostly be spent. The scale is the standard deviation per dimension where there is no basis to
+    carry it, and for smooth_l1; a trained map on this side instead of these constants would let
+    both sides agree on a constant.
+    """
+
+    def __init__(self, kind: str, student_dim: int, teacher_dim: int, standardise: bool = False):
+        super().__init__()
+        self.kind = kind
+        fixed = kind in ("pca", "frozen")
+        self.standardise = standardise or not fixed
+        self.out_dim = student_dim if fixed else teacher_dim
+        self.register_buffer("mean", torch.zeros(teacher_dim))
+        self.register_buffer("basis", torch.eye(teacher_dim, student_dim) if fixed else None)
+        self.register_buffer("scale", torch.ones(self.out_dim))
+        self.predict = nn.Identity()
+        if kind == "linear":
+            self.predict = nn.Linear(student_dim, teacher_dim)
+        elif kind == "mlp":
+            hidden = 2 * teacher_dim
+            self.predict = nn.Sequential(
+                nn.Linear(student_dim, hidden), nn.GELU(), nn.Linear(hidden, teacher_dim)
+            )
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Measure mean, axes and scale on teacher features float32 [n, Dt]. Deterministic."""
+        self.mean.copy_(features.mean(0))
+        centred = features - self.mean
+        if self.kind == "pca":
+            covariance = (centred.T @ centred).double().cpu() / len(centred)
+            axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)
+            axes = axes[:, : self.out_dim].to(self.basis)
+            self.basis.zero_()[:, : axes.shape[1]] = axes
+        elif self.kind == "frozen":
+            random = torch.randn(self.basis.shape, generator=torch.Generator().manual_seed(0))
+            tall = random if random.shape[0] >= random.shape[1] else random.T
+            axes = torch.linalg.qr(tall).Q
+            self.basis.copy_(axes if axes.shape == random.shape else axes.T)
+        if self.standardise:
+            std = (centred @ self.basis if self.basis is not None else centred).std(0)
+            self.scale.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0))
+
+    @torch.no_grad()
+    def target(self, features: Tensor) -> Tensor:
+        """Teacher features (..., Dt) -> float32 targets (..., out_dim)."""
+        with torch.autocast(features.device.type, enabled=False):
+            centred = features.float() - self.mean
+            return (centred @ self.basis if self.basis is not None else centred) / self.scale
+
+
+class Distiller(nn.Module):
+    """Student, heads and loss as one module.
+
+    forward: student_images [B, 3, S, S], targets cls [B, K] and patches [B, N, K] from `targets`,
+    local_images [L * B, 3, s, s] or None (crops of the same images, one block of B after another)
+    -> (loss, stats [6]): the scalar to minimise, and loss, cls loss, patch loss, teacher-student
+    cosine, and the spread (mean pairwise cosine over the batch) of student and of targets.
+    """
+
+    STATS = ("loss", "cls", "patch", "cos", "spread", "target_spread")
+
+    def __init__(self, student: Backbone, teacher: Backbone, cfg):
+        super().__init__()
+        self.student, self.grid, self.teacher_grid = student, student.grid, teacher.grid
+        dims = student.embed_dim, teacher.embed_dim
+        self.cls_head = Head(cfg.head, *dims, standardise=cfg.loss == "smooth_l1")
+        self.patch_head = Head(cfg.head, *dims, standardise=cfg.loss == "smooth_l1")
+        self.distance = LOSSES[cfg.loss]
+        self.cls_weight, self.patch_weight = cfg.cls_weight, cfg.patch_weight
+
+    def fit_heads(self, teacher_features) -> None:
+        """Fit both heads on an iterable of the teacher's Features."""
+        generator = torch.Generator().manual_seed(0)
+        cls, tokens = [], []
+        for features in teacher_features:
+            patches = resample_patches(features.patches, self.teacher_grid, self.grid).flatten(0, 1)
+            some = torch.randperm(len(patches), generator=generator)[: TOKENS_PER_IMAGE * len(features.cls)]
+            cls.append(features.cls.float())
+            tokens.append(patches[some.to(patches.device)].float())
+        self.cls_head.fit(torch.cat(cls))
+        self.patch_head.fit(torch.cat(tokens))
+
+    def targets(self, features: Features) -> Features:
+        """The teacher's Features -> float32 targets on the student's grid: cls [B, K], patches [B, N, K]."""
+        patches = resample_patches(features.patches, self.teacher_grid, self.grid)
+        return Features(self.cls_head.target(features.cls), self.patch_head.target(patches))
+
+    def forward(self, student_images: Tensor, cls_target: Tensor, patch_target: Tensor, local_images=None):
+        features = self.student(student_images)
+        cls = self.cls_head.predict(features.cls)
+        cls_loss = self.distance(cls, cls_target)
+        patch_loss = self.distance(self.patch_head.predict(features.patches), patch_target)
+        if local_images is not None:  # multi-crop: a part should tell what the whole is
+            crops = len(local_images) // len(cls)
+            local = self.cls_head.predict(self.student(local_images).cls)
+            local_loss = self.distance(local, cls_target.repeat(crops, 1))
+            cls_loss = (cls_loss + crops * local_loss) / (1 + crops)
+        loss = self.cls_weight * cls_loss + self.patch_weight * patch_loss
+        with torch.no_grad():
+            cos = F.cosine_similarity(cls.float(), cls_target.float(), dim=-1).mean()
+            stats = torch.stack([loss, cls_loss, patch_loss, cos, spread(cls), spread(cls_target)])
+        return loss, stats
+
+
+def spread(embeddings: Tensor) -> Tensor:
+    """Mean pairwise cosine of [B, D]: near 1 means that all images look alike to the model.
+
+    The sum of all B^2 cosines is the squared length of the sum of the unit vectors.
+    """
+    unit = F.normalize(embeddings.float(), dim=-1)
+    B = len(unit)
+    return (unit.sum(0).square().sum() - B) / max(B * (B - 1), 1)
+
+
+# ---------------------------------------------------------------------------- hardware
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch finds no Apple GPU here")
+    return torch.device(name)
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 where the hardware multiplies it, fp16 on older GPUs, else float32."""
+    if precision == "auto":
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            fast = torch.cpu.get_capabilities().get("avx512_bf16", False) if device.type == "cpu" else False
+            precision = "bf16" if fast else "fp32"
+    return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
