@@ -1,11 +1,11 @@
 """What to do: every setting of a run, its default and its help, in one frozen dataclass.
 
-    python train.py --help                                  # the list below, as flags
-    python train.py --dataset cifar10 --epochs 50           # override by name
-    python train.py --preset demo --seed 1                  # a preset first, then overrides
+    python train.py --help                            # the list below, as flags
+    python train.py --dataset cifar10 --epochs 50     # override by name
+    python train.py --preset demo --seed 1            # a preset first, then overrides
 
-`Config` drives train.py, `EvalConfig` drives eval.py. `cli` is the only place that reads argv and
-the only place that turns a `UserError` into a message; `validate` reports everything wrong at once.
+`Config` drives train.py, `EvalConfig` eval.py. `cli` is the only place that reads argv and turns a
+`UserError` into a message; `validate` reports everything wrong at once.
 """
 
 import argparse
@@ -24,103 +24,98 @@ HUB_TIMEOUT = 5  # seconds to wait for the Hub's first answer before working off
 DATASETS = {  # short name -> (name on the Hub, label column)
     "cifar10": ("uoft-cs/cifar10", "label"),
     "cifar100": ("uoft-cs/cifar100", "fine_label"),
-    "shapes": ("", ""),  # drawn by data.py
+    "shapes": ("", "label"),  # drawn by data.py
 }
-
 PRESETS = {
-    "": {},
-    # The whole method on a laptop CPU in under two minutes, with no network: see README.
-    "demo": dict(
-        dataset="shapes", teacher="demo", teacher_size=48, student_size=48,
-        student="vit_tiny_patch16_224", batch_size=128, epochs=10, eval_at_end=True,
-        student_args="patch_size=8 embed_dim=96 depth=4 num_heads=3", log_every=50,
-    ),
+    # The whole method on a laptop CPU in under two minutes, with no network. timm's default
+    # initialisation is made for wider models; for ones this small float32 is faster than bf16.
+    "demo": dict(dataset="shapes", teacher="demo", teacher_size=32, student_size=32,
+                 student="vit_tiny_patch16_224", crop_scale=0.8, jitter=0.3, precision="fp32",
+                 student_args="patch_size=8 embed_dim=64 depth=4 num_heads=4 weight_init=jax",
+                 batch_size=64, epochs=14, lr=3e-3, eval_at_end=True),
 }
-
 # Settings that may change when a run is continued: they do not alter what is being learned.
 FREE_ON_RESUME = frozenset(
     "preset epochs teacher_weights cache_dir num_workers max_bad run_dir resume device precision "
-    "compile log_every save_every eval_every eval_at_end debug max_student_params".split()
-)
+    "compile log_every save_every eval_every eval_at_end debug max_student_params".split())
 
 
 class UserError(Exception):
     """A foreseeable mistake: its text says what is wrong, where, and what to do. Exit status 2."""
 
 
-def option(default, help, choices=(), low=None, high=None):
+def option(default, help, low=None, high=None, choices=()):
     """A dataclass field that is also a command-line flag; `low` and `high` are inclusive."""
-    metadata = dict(help=help, choices=choices, low=low, high=high)
+    metadata = dict(help=help, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A training run. Fields are plain int, float, str and bool, so that a checkpoint can hold them."""
+    """A training run. Plain int, float, str and bool, so that a checkpoint can hold it."""
 
-    preset: str = option("", "defaults to start from", choices=tuple(PRESETS))
+    preset: str = option("", "defaults to start from", choices=("", *PRESETS))
 
     # data
-    dataset: str = option(
-        "cifar10", "cifar10, cifar100, shapes, owner/name on the Hub, or a folder (images, parquet, "
-        "save_to_disk)")
+    dataset: str = option("cifar10", "cifar10, cifar100, shapes (drawn), owner/name on the Hub, or "
+                          "a folder (of images, of parquet files, by save_to_disk)")
     train_split: str = option("train", "split that the student learns from")
     test_split: str = option("", "split that is evaluated; empty = test, else validation")
     image_column: str = option("", "empty = the only image column")
-    label_column: str = option("", "empty = the class label column; only eval.py reads labels")
-    store_size: int = option(0, "pixels of stored images; 0 = native, at most the models' size", low=0)
-    max_samples: int = option(0, "use a fixed random subset of this many images; 0 = all", low=0)
-    samples_per_epoch: int = option(0, "images per epoch, drawn anew each epoch; 0 = all", low=0)
-    max_bad: float = option(0.01, "stop when more than this share cannot be decoded", low=0, high=1)
+    label_column: str = option("", "empty = the class label; only eval.py reads labels")
+    store_size: int = option(0, "pixels of stored images; 0 = native, at most the models'", low=0)
+    max_samples: int = option(0, "learn from a fixed random subset; 0 = all images", low=0)
+    samples_per_epoch: int = option(0, "images per epoch, drawn anew each time; 0 = all", low=0)
+    max_bad: float = option(0.01, "largest share of unreadable images to skip", low=0, high=1)
     cache_dir: str = option("cache", "where decoded images are kept; wants a fast local disk")
     num_workers: int = option(-1, "processes that decode and load; -1 = one per core", low=-1)
-    crop_scale: float = option(0.4, "smallest area of a view, as a share of the image", low=0.01, high=1)
+    crop_scale: float = option(0.4, "smallest area of a view, of the image's", low=0.01, high=1)
     jitter: float = option(0.4, "strength of the student's colour jitter; 0 = none", low=0, high=1)
 
     # teacher
     teacher: str = option("dinov2_vitb14", "dinov2_vit{s,b,l,g}14[_reg], demo, or any timm model")
-    teacher_weights: str = option("", "local .pth or .safetensors; empty = timm's weights on the Hub")
+    teacher_weights: str = option("", "local .pth or .safetensors; empty = from the Hub")
     teacher_size: int = option(224, "pixels the teacher sees; a multiple of its patch", low=8)
 
     # student
-    student: str = option("vit_small_patch16_224", "any timm model, randomly initialised")
+    student: str = option("vit_small_patch16_224", "any timm model; starts from random weights")
     student_args: str = option("", "its timm arguments, e.g. 'depth=6 embed_dim=192 num_heads=3'")
     student_size: int = option(96, "pixels the student sees; a multiple of its patch", low=8)
-    pool: str = option("cls", "the student's global embedding", choices=("cls", "mean"))
+    pool: str = option("cls", "the student's global embedding: its class token, or the mean of its "
+                       "patches", choices=("cls", "mean"))
     max_student_params: int = option(100_000_000, "refuse larger students", low=1)
 
     # loss
-    head: str = option(
-        "pca", "pca, frozen: a fixed map takes the teacher to the student's width; linear, mlp: a "
-        "trained map takes the student to the teacher's", choices=("pca", "frozen", "linear", "mlp"))
+    head: str = option("pca", "pca, frozen: a fixed map takes the teacher to the student's width; "
+                       "linear, mlp: a trained map takes the student to the teacher's",
+                       choices=("pca", "frozen", "linear", "mlp"))
     loss: str = option("cosine", "distance to the target", choices=("cosine", "mse", "smooth_l1"))
     cls_weight: float = option(1.0, "weight of the [CLS] loss", low=0)
     patch_weight: float = option(0.5, "weight of the patch loss", low=0)
-    local_crops: int = option(0, "extra small student views matched to the full view's CLS", low=0)
-    local_size: int = option(48, "pixels of local crops; a multiple of the student's patch", low=8)
+    local_crops: int = option(0, "small extra views, matched to the full view's [CLS]", low=0)
+    local_size: int = option(48, "their pixels; a multiple of the student's patch", low=8)
 
     # optimisation
     epochs: int = option(50, "passes over the data", low=1)
     batch_size: int = option(256, "images per step, over all ranks together", low=1)
     lr: float = option(1e-3, "peak learning rate of AdamW", low=0)
     min_lr: float = option(1e-6, "floor of the cosine schedule", low=0)
-    warmup_epochs: float = option(2.0, "linear warm-up; at most a fifth of the run is used", low=0)
-    weight_decay: float = option(0.05, "on matrices; never on biases, norms or tokens", low=0)
+    warmup_epochs: float = option(2.0, "linear warm-up, but at most a fifth of the run", low=0)
+    weight_decay: float = option(0.05, "of matrices; never of biases, norms or tokens", low=0)
     grad_clip: float = option(1.0, "largest gradient norm; 0 = no clipping", low=0)
 
     # run
     run_dir: str = option("", "run folder; empty = runs/DATASET-TEACHER-STUDENT")
-    resume: bool = option(True, "continue the run found in run_dir; --no_resume moves it aside")
+    resume: bool = option(True, "continue the run in run_dir; --no_resume moves it aside first")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
-    precision: str = option(
-        "auto", "auto = bf16 where the hardware has it, fp16 on older GPUs, else fp32",
-        choices=("auto", "bf16", "fp16", "fp32"))
-    compile: str = option("auto", "torch.compile the step; auto = on CUDA", choices=("auto", "on", "off"))
-    seed: int = option(0, "order, views, initialisation", low=0, high=2**31 - 1)
+    precision: str = option("auto", "auto = bf16 where the hardware has it, fp16 on older GPUs, "
+                            "else fp32", choices=("auto", "bf16", "fp16", "fp32"))
+    compile: str = option("auto", "torch.compile; auto = on CUDA", choices=("auto", "on", "off"))
+    seed: int = option(0, "of order, views and initialisation", low=0, high=2**31 - 1)
     log_every: int = option(50, "steps between log lines", low=1)
     save_every: int = option(10, "epochs between kept checkpoints; 0 = only the latest", low=0)
-    eval_every: int = option(0, "epochs between k-NN checks on a fixed subset; 0 = none", low=0)
-    eval_at_end: bool = option(False, "run eval.py on the final checkpoint")
+    eval_every: int = option(0, "epochs between quick k-NN checks; 0 = none", low=0)
+    eval_at_end: bool = option(False, "run eval.py on the last checkpoint")
     debug: bool = option(False, "show the traceback of an error")
 
     @property
@@ -128,147 +123,140 @@ class Config:
         slug = re.sub(r"[^\w.]+", "_", self.dataset.strip("./")).lower()
         return Path(self.run_dir or f"runs/{slug}-{self.teacher}-{self.student}")
 
+    @property
+    def workers(self) -> int:
+        return self.num_workers if self.num_workers >= 0 else os.cpu_count() or 1
+
     def problems(self) -> list[str]:
-        """What is wrong with the data and run settings; model.py knows what fits the models."""
+        """What is wrong with data and run settings; model.py knows what does not fit the models."""
         found = dataset_problems(self.dataset)
         if self.teacher_weights and not Path(self.teacher_weights).is_file():
-            found.append(f"--teacher_weights: no such file: {self.teacher_weights}")
-        if self.cls_weight == 0 and self.patch_weight == 0:
+            found.append(f"--teacher_weights {self.teacher_weights}: no such file")
+        if self.cls_weight == self.patch_weight == 0:
             found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
         if self.min_lr > self.lr:
             found.append(f"--min_lr {self.min_lr} is above --lr {self.lr}")
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if self.batch_size % world:
-            found.append(f"--batch_size {self.batch_size} cannot be shared by {world} ranks equally")
+        if self.batch_size % (world := int(os.environ.get("WORLD_SIZE", 1))):
+            found.append(f"--batch_size {self.batch_size} is not a multiple of the {world} ranks")
         return found
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """An evaluation. Empty or 0 means: as the checkpoint's own config says."""
+    """An evaluation. Empty, 0 or -1 means: as the checkpoint's own config says."""
 
-    checkpoints: tuple = option((), "checkpoint files, a row of the table each")
+    checkpoints: tuple = option((), "checkpoint files; a row of the table each")
     dataset: str = option("", "evaluate elsewhere, as in train.py")
     train_split: str = option("", "split whose features are the k-NN bank and train the probe")
-    test_split: str = option("", "split that is evaluated")
-    image_column: str = option("", "image column, with --dataset")
+    test_split: str = option("", "split that is judged")
+    image_column: str = option("", "image column")
     label_column: str = option("", "label column")
-    max_train: int = option(0, "evaluate on a fixed subset of training images; 0 = all", low=0)
-    max_test: int = option(0, "and of test images; 0 = all", low=0)
-    baselines: bool = option(True, "also evaluate the teacher, a random student and raw pixels")
+    max_train: int = option(0, "a fixed random subset of the training images; 0 = all", low=0)
+    max_test: int = option(0, "and of the test images; 0 = all", low=0)
+    baselines: bool = option(True, "also judge the teacher, a random student and raw pixels")
     probe: bool = option(True, "fit the linear probe")
     teacher_weights: str = option("", "where the teacher's weights are now")
-    cache_dir: str = option("", "where decoded images are kept")
-    save_features: str = option("", "write the last student's features to this .safetensors file")
+    save_features: str = option("", "write the last student's features to this .safetensors")
     batch_size: int = option(256, "images per forward", low=1)
+    cache_dir: str = option("", "where decoded images are kept")
     num_workers: int = option(-1, "processes that decode; -1 = one per core", low=-1)
     device: str = option("auto", "where to evaluate", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = option("auto", "as in train.py", choices=("auto", "bf16", "fp16", "fp32"))
     debug: bool = option(False, "show the traceback of an error")
 
     def problems(self) -> list[str]:
-        found = [] if self.checkpoints else ["no checkpoint given: python eval.py RUN/checkpoint_latest.pth"]
-        found += [f"no such checkpoint: {c}" for c in self.checkpoints if not Path(c).is_file()]
+        found = [f"no such checkpoint: {c}" for c in self.checkpoints if not Path(c).is_file()]
+        if not self.checkpoints:
+            found.append("no checkpoint given: python eval.py runs/NAME/checkpoint_latest.pth")
         return found + (dataset_problems(self.dataset) if self.dataset else [])
 
 
 def nearest(name: str, known, prefix: str = "") -> str:
-    """'; did you mean x?' or nothing."""
+    """'; did you mean x or y?', or nothing."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(prefix + c for c in close)}?" if close else ""
 
 
 def dataset_problems(name: str) -> list[str]:
-    if name in DATASETS or Path(name).is_dir():
+    owner_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
+    if name in DATASETS or Path(name).is_dir() or owner_name:  # only the Hub knows its names
         return []
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():
-        return []  # owner/name: only the Hub can tell
-    hint = nearest(name, DATASETS)
-    return [f"--dataset {name}: not {', '.join(DATASETS)}, nor owner/name, nor an existing folder{hint}"]
+    return [f"--dataset {name}: not {', '.join(DATASETS)}, nor owner/name on the Hub, "
+            f"nor an existing folder{nearest(name, DATASETS)}"]
 
 
 def validate(cfg, *checks, found=()) -> None:
-    """Raise one UserError that lists every problem: of types, choices, bounds, and of `checks(cfg)`."""
+    """Raise one UserError with every problem: `found`, choices, bounds, and those of `checks`."""
     found = list(found)
     for f in dataclasses.fields(cfg):
-        value, meta = getattr(cfg, f.name), f.metadata
-        if f.type is float and isinstance(value, float) and value != value:
-            found.append(f"--{f.name}: not a number")
-        elif meta["choices"] and value not in meta["choices"]:
-            known = ", ".join(c for c in meta["choices"] if c)
-            found.append(f"--{f.name} {value}: not one of {known}{nearest(value, meta['choices'])}")
-        elif (meta["low"] is not None and value < meta["low"]) or (
-            meta["high"] is not None and value > meta["high"]
-        ):
-            most = "" if meta["high"] is None else f" and at most {meta['high']}"
-            found.append(f"--{f.name} {value}: must be at least {meta['low']}{most}")
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            known = ", ".join(filter(None, choices))
+            found.append(f"--{f.name} {value}: not one of {known}{nearest(value, choices)}")
+        elif low is not None and not low <= value <= (float("inf") if high is None else high):
+            most = "" if high is None else f" and at most {high}"
+            found.append(f"--{f.name} {value}: must be at least {low}{most}")
     for check in (type(cfg).problems, *checks):
         found += [problem for problem in check(cfg) if problem not in found]
     if found:
-        raise UserError("\n".join(found) if len(found) == 1 else "\n  - ".join(["several things:", *found]))
+        raise UserError(found[0] if len(found) == 1 else "\n  - ".join(["several:", *found]))
 
 
 def parse(cls, argv: list[str], *checks):
-    """Command line -> a validated `cls`; presets first, then flags.
+    """Command line -> a validated `cls`: the preset first, then the flags.
 
-    Raises UserError listing every unknown flag and wrong value together with the nearest valid names.
+    Raises UserError that lists every unknown flag and wrong value, with the nearest valid names.
     """
-    parser = argparse.ArgumentParser(
-        description=cls.__doc__, allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS,
-    )
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for f in fields.values():
-        text = f.metadata["help"] + (f" (default: {f.default})" if f.default not in ("", ()) else "")
+    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    for f in dataclasses.fields(cls):
+        default = f" (default: {f.default})" if f.default not in ("", ()) else ""
+        text = (f.metadata["help"] + default).replace("%", "%%")
         if f.type is tuple:
             parser.add_argument(f.name, nargs="*", help=text)
         elif f.type is bool:
-            parser.add_argument(f"--{f.name}", f"--no_{f.name}", nargs=0, action=_Switch, help=text)
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         else:
-            name = "|".join(c for c in f.metadata["choices"] if c) or f.type.__name__.upper()
-            parser.add_argument(f"--{f.name}", metavar=name, help=text)
-    parser.set_defaults(**{})
-    given, unknown = parser.parse_known_args(argv)
-    found = []
-    for flag in (u.split("=")[0] for u in unknown if u.startswith("--")):
-        hint = nearest(flag[2:], [*fields, *(f"no_{n}" for n in fields if fields[n].type is bool)], "--")
-        found.append(f"unknown flag {flag}{hint or '; --help lists them all'}")
-    if unknown and not found:
-        found.append(f"unexpected argument {unknown[0]}")
+            names = "|".join(filter(None, f.metadata["choices"]))
+            parser.add_argument(f"--{f.name}", metavar=names or f.type.__name__.upper(), help=text)
+    # BooleanOptionalAction writes --no-name; our flags have underscores throughout.
+    given, unknown = parser.parse_known_args([re.sub("^--no_", "--no-", a) for a in argv])
+    flags = [u.split("=")[0].replace("--no-", "--no_") for u in unknown if u.startswith("-")]
+    switches = [f"no_{name}" for name, kind in types.items() if kind is bool]
+    found = [f"unknown flag {flag}{nearest(flag.lstrip('-'), [*types, *switches], '--')}"
+             for flag in flags]
+    if unknown and not flags:
+        found.append(f"unexpected argument {unknown[0]!r}")
     values = dict(PRESETS.get(getattr(given, "preset", ""), {}))
     for name, text in vars(given).items():
         try:
-            kind = fields[name].type
-            values[name] = text if isinstance(text, bool) else kind(text)
+            values[name] = types[name](text)
         except ValueError:
-            found.append(f"--{name} {text}: not {'an' if kind is int else 'a'} {kind.__name__}")
+            kind = "a whole number" if types[name] is int else "a number"
+            found.append(f"--{name} {text}: not {kind}")
     cfg = cls(**values)
     validate(cfg, *checks, found=found)
     return cfg
 
 
-class _Switch(argparse.Action):
-    """--name sets True, --no_name sets False."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith("--no_"))
-
-
 def cli(main, cls, *checks) -> None:
-    """Run `main(parse(cls))`; a UserError becomes one message on stderr and exit status 2."""
+    """Run main(parse(cls, argv)); a UserError becomes a message on stderr and exit status 2."""
     try:
         main(parse(cls, sys.argv[1:], *checks))
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit((print(f"error: {error}", file=sys.stderr), 2)[1])
+        print(f"error: {error}" if str(error) else "interrupted", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 130)
 
 
-def hub_online() -> bool:
+def hub_online() -> None:
     """Ask the Hub for one answer; without one, switch its libraries to their offline mode.
 
-    Offline they still find what was downloaded before, and fail at once instead of retrying for
-    most of a minute (measured: 46 s in timm, against 0.3 s).
+    Offline they find what was downloaded before, and otherwise fail at once instead of retrying for
+    most of a minute (46 s in timm against 0.3 s).
     """
     import datasets
     import huggingface_hub as hub
@@ -276,19 +264,17 @@ def hub_online() -> bool:
     if not hub.constants.HF_HUB_OFFLINE:
         try:
             hub.get_session().head(hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
-            return True
-        except Exception:  # the HTTP library's own classes differ between versions of the Hub client
+        except Exception:  # the class depends on the HTTP library of the installed version
             hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    return False
 
 
-def hub_error(what: str, advice: str, error: Exception) -> UserError:
+def hub_error(what: str, instead: str, error: Exception) -> UserError:
     """The message for a download that failed, telling no network from a wrong name."""
     import huggingface_hub as hub
 
-    if hub.constants.HF_HUB_OFFLINE:
-        why = f"{hub.constants.ENDPOINT} does not answer (no network?) and it was not downloaded before"
-    else:
-        why = f"{hub.constants.ENDPOINT} answers, so the name may be wrong or private"
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return UserError(f"cannot get {what}: {why}.\n  Without a network: {advice}.\n  ({reason})")
+    answer = (f"{hub.constants.ENDPOINT} does not answer, and it was not downloaded before"
+              if hub.constants.HF_HUB_OFFLINE else
+              f"{hub.constants.ENDPOINT} answers, so the name may be wrong or private")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return UserError(f"cannot get {what}: {answer}.\n  Without a network: {instead}, or "
+                     f"--preset demo.\n  ({reason})")

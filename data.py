@@ -12,7 +12,8 @@ negative width is mirrored.
 import hashlib
 import io
 import json
-import os
+import logging
+import re
 import shutil
 import warnings
 from functools import cached_property
@@ -30,6 +31,8 @@ from tqdm import tqdm
 
 from config import DATASETS, UserError, hub_error, hub_online
 
+log = logging.getLogger("distill")
+
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 # RGB -> YIQ (NTSC, FCC 1953): hue is a rotation of its last two axes.
 YIQ = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
@@ -43,79 +46,60 @@ ORDER, VIEW, LOCAL, JITTER = range(4)  # streams of random numbers
 def open_source(name: str, split: str, image_column: str, label_column: str):
     """A dataset of undecoded images -> (rows, image column, label column or "", split).
 
-    name: cifar10, cifar100, owner/name on the Hub, or a folder of images, parquet files or
-    `save_to_disk`. Rows are indexable; images stay encoded so that a corrupt one harms nobody else.
+    name: cifar10, cifar100, owner/name on the Hub, or a folder of images, parquet files or by
+    `save_to_disk`. Rows are indexable; images stay encoded, so that a corrupt one harms no other.
     Raises UserError: not found, no network, no such split, no or several image columns.
     """
     import datasets
 
     hub_name, known_label = DATASETS.get(name, (name, ""))
-    local = name not in DATASETS and Path(name).is_dir()
-    advice = "--dataset DIR with a local copy, or --preset demo"
     try:
-        if local and ((Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists()):
-            found = datasets.load_from_disk(name)
-        elif local:
-            found = datasets.load_dataset(name)
-        else:
+        if name in DATASETS or not Path(name).is_dir():
             hub_online()
             found = datasets.load_dataset(hub_name)
-    except Exception as error:
-        if local:
+        elif any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name)
+    except Exception as error:  # the libraries below raise what they like
+        if Path(name).is_dir():
             raise UserError(f"cannot read the dataset in {name}: {error}") from error
-        raise hub_error(f"the dataset {hub_name}", advice, error) from error
-    if isinstance(found, datasets.Dataset):
-        found = {"train": found}
+        raise hub_error(f"the dataset {hub_name}", "--dataset DIR with a copy", error) from error
+    found = {"train": found} if isinstance(found, datasets.Dataset) else found
     wanted = [split] if split else ["test", "validation", "valid", "val"]
     split = next((s for s in wanted if s in found), None)
     if split is None:
-        raise UserError(
-            f"dataset {name} has no split {wanted[0]!r}, only {', '.join(found)}: "
-            "set --train_split or --test_split"
-        )
-    rows = found[split]
-    image = _image_column(rows, name, image_column)
-    label = _label_column(rows, name, label_column or known_label)
-    rows = rows.cast_column(image, datasets.Image(decode=False))
-    if label and rows.features[label].dtype == "string":
-        rows = rows.class_encode_column(label)
-    return rows, image, label, split
-
-
-def _image_column(rows, name: str, asked: str) -> str:
-    import datasets
-
-    columns = ", ".join(rows.column_names)
-    if asked and asked not in rows.column_names:
-        raise UserError(f"dataset {name} has no column {asked!r}, only {columns}: set --image_column")
-    images = [c for c, f in rows.features.items() if isinstance(f, datasets.Image)]
-    # Parquet files written elsewhere hold the bytes, but not the type.
-    images = images or [
-        c for c, f in rows.features.items()
-        if getattr(f, "dtype", "") in ("binary", "large_binary") or (isinstance(f, dict) and "bytes" in f)
-    ]
-    if not asked and len(images) != 1:
+        raise UserError(f"dataset {name} has no split {wanted[0]!r}, only {', '.join(found)}: "
+                        "set --train_split or --test_split")
+    rows, columns = found[split], found[split].features
+    for flag, column in (("image_column", image_column), ("label_column", label_column)):
+        if column and column not in columns:
+            raise UserError(f"dataset {name} has no column {column!r}, only {', '.join(columns)}: "
+                            f"set --{flag}")
+    images = [image_column] if image_column else _image_columns(columns)
+    if len(images) != 1:
         what = f"{len(images)} image columns ({', '.join(images)})" if images else "no image column"
-        raise UserError(f"dataset {name} has {what}; its columns are {columns}: set --image_column")
-    return asked or images[0]
+        raise UserError(f"dataset {name} has {what} among {', '.join(columns)}: set --image_column")
+    classes = [c for c, f in columns.items() if isinstance(f, datasets.ClassLabel)]
+    label = label_column or known_label or (classes[0] if len(classes) == 1 else "")
+    label = label or next((c for c in ("label", "labels") if c in columns), "")
+    if label and columns[label].dtype == "string":
+        rows = rows.class_encode_column(label)
+    return rows.cast_column(images[0], datasets.Image(decode=False)), images[0], label, split
 
 
-def _label_column(rows, name: str, asked: str) -> str:
+def _image_columns(columns) -> list[str]:
     import datasets
 
-    if asked and asked not in rows.column_names:
-        raise UserError(
-            f"dataset {name} has no column {asked!r}, only {', '.join(rows.column_names)}: "
-            "set --label_column"
-        )
-    classes = [c for c, f in rows.features.items() if isinstance(f, datasets.ClassLabel)]
-    named = [c for c in ("label", "labels") if c in rows.column_names]
-    return asked or (classes[0] if len(classes) == 1 else "") or (named[0] if named else "")
+    typed = [c for c, f in columns.items() if isinstance(f, datasets.Image)]
+    # Parquet files written elsewhere hold the bytes, but not the type.
+    return typed or [c for c, f in columns.items() if "bytes" in (f if isinstance(f, dict) else ())
+                     or getattr(f, "dtype", "") in ("binary", "large_binary")]
 
 
 # ---------------------------------------------------------------------------- drawn shapes
 
-RADIUS = (0.23, 0.38)  # of the shape, as a fraction of the image side
+RADIUS, TURN = (0.2, 0.34), 0.3  # of the shape: share of the image's side, radians either way
 BACKGROUND, CONTRAST = (0, 120), (70, 130)  # colour, and how much lighter the shape is, per channel
 TEXTURE, NOISE = 30, 6.0  # largest deviation of the background; standard deviation on every pixel
 SUPERSAMPLE, DISTRACTORS = 2, 3  # draw larger and average: smooth edges; at most so many strokes
@@ -147,7 +131,7 @@ def draw_shape(seed: int, index: int, size: int = 32) -> tuple[np.ndarray, int]:
     fore = back + rng.uniform(*CONTRAST, 3)
     cells = back + rng.uniform(-TEXTURE, TEXTURE, (*rng.integers(1, 7, 2), 3))
     texture = PIL.Image.fromarray(np.clip(cells, 0, 255).astype(np.uint8))
-    canvas = texture.resize((side, side), PIL.Image.BICUBIC)  # few cells: plain, gradient or stripes
+    canvas = texture.resize((side, side), PIL.Image.BICUBIC)  # few cells: plain, or a gradient
     draw = PIL.ImageDraw.Draw(canvas)
     for _ in range(rng.integers(DISTRACTORS + 1)):
         start, colour = rng.uniform(0, side, 2), tuple(rng.integers(0, 256, 3).tolist())
@@ -155,7 +139,7 @@ def draw_shape(seed: int, index: int, size: int = 32) -> tuple[np.ndarray, int]:
         draw.line([*start, *stop], fill=colour, width=int(rng.integers(1, 8)))
     radius = rng.uniform(*RADIUS) * side
     centre = complex(*rng.uniform(radius, side - radius, 2))
-    turned = radius * np.exp(1j * rng.uniform(-np.pi, np.pi)) * list(OUTLINES.values())[label]
+    turned = radius * np.exp(1j * rng.uniform(-TURN, TURN)) * list(OUTLINES.values())[label]
     draw.polygon([(p.real, p.imag) for p in centre + turned], fill=tuple(fore.astype(int).tolist()))
     pixels = np.asarray(canvas.reduce(SUPERSAMPLE), np.float32)
     noise = NOISE * rng.standard_normal(pixels.shape, np.float32)
@@ -163,7 +147,7 @@ def draw_shape(seed: int, index: int, size: int = 32) -> tuple[np.ndarray, int]:
 
 
 class Shapes:
-    """The drawn data set as a source of rows; the test split is drawn from other seeds."""
+    """The drawn data set as a source of rows; each split is drawn from a seed of its own."""
 
     SIZES = dict(train=8000, test=2000)
 
@@ -198,7 +182,7 @@ def decode(cell, size: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         if size:
-            image.draft("RGB", (size, size))  # lets JPEG decode at 1/2, 1/4 or 1/8 where that suffices
+            image.draft("RGB", (size, size))  # JPEG: decode at 1/2, 1/4, 1/8 where that suffices
         image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit: PIL would clip at 255 instead of scaling
         image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -231,7 +215,8 @@ class Store:
 
     @cached_property
     def images(self) -> np.memmap:
-        return np.memmap(self.path / "images.u8", np.uint8, "r", shape=(len(self), 3, self.size, self.size))
+        shape = (len(self), 3, self.size, self.size)
+        return np.memmap(self.path / "images.u8", np.uint8, "r", shape=shape)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -253,13 +238,14 @@ class _Decoder(Dataset):
         for row in rows:
             try:
                 item = self.source[row]
-                images.append(decode(item[self.image], self.size))
                 label = item[self.label] if self.label else None
-                labels.append(-1 if label is None else int(label))
+                label = -1 if label is None else int(label)
+                images.append(torch.from_numpy(decode(item[self.image], self.size)))
+                labels.append(label)
                 kept.append(row)
             except Exception as error:  # PIL raises nearly anything on hostile bytes
                 bad.append((row, f"{type(error).__name__}: {error}"[:200]))
-        return images, labels, kept, bad
+        return torch.stack(images) if images else None, labels, kept, bad
 
 
 def _same(batch):
@@ -274,14 +260,16 @@ def open_store(cfg, split: str, size_limit: int, max_samples: int = 0) -> Store:
     fingerprint of all that determines it; a Hub dataset counts by its name, a folder by its files.
     Raises UserError as `open_source` does, and when too many images are unreadable.
     """
-    wanted = [cfg.dataset, split, cfg.image_column, cfg.label_column, cfg.store_size or -size_limit, max_samples]
-    if cfg.dataset not in DATASETS and Path(cfg.dataset).is_dir():
-        wanted += sorted(
-            (str(p.relative_to(cfg.dataset)), p.stat().st_size, p.stat().st_mtime_ns)
-            for p in Path(cfg.dataset).rglob("*") if p.is_file()
-        )
+    wanted = [cfg.dataset, split, cfg.image_column, cfg.label_column, max_samples,
+              cfg.store_size or -size_limit]
+    folder = Path(cfg.dataset)
+    if cfg.dataset == "shapes":  # drawn anew when the drawing changes
+        wanted.append(hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+    elif cfg.dataset not in DATASETS and folder.is_dir():
+        files = [(str(p.relative_to(folder)), p.stat()) for p in folder.rglob("*") if p.is_file()]
+        wanted += sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
     digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]
-    slug = "".join(c if c.isalnum() else "_" for c in cfg.dataset).strip("_").lower()[-40:]
+    slug = re.sub(r"\W+", "_", cfg.dataset).strip("_").lower()[-40:]
     path = Path(cfg.cache_dir) / "stores" / f"{slug}-{split or 'test'}-{digest}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # other ranks and other runs wait here for the one that builds
@@ -295,24 +283,24 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
         split = split or "test"
         source, image, label = Shapes(split), "image", "label"
     else:
-        source, image, label, split = open_source(cfg.dataset, split, cfg.image_column, cfg.label_column)
+        columns = cfg.image_column, cfg.label_column
+        source, image, label, split = open_source(cfg.dataset, split, *columns)
     rows = np.arange(len(source))
     if 0 < max_samples < len(rows):
         rows = np.sort(np.random.default_rng(0).permutation(len(rows))[:max_samples])
     size = cfg.store_size or _native_size(source, image, rows, size_limit)
-    workers = cfg.num_workers if cfg.num_workers >= 0 else os.cpu_count()
-    loader = DataLoader(
-        _Decoder(source, image, label, size), batch_size=256, sampler=rows.tolist(),
-        num_workers=workers, collate_fn=_same,
-    )
+    decoder = _Decoder(source, image, label, size)
+    batches = DataLoader(decoder, 256, sampler=rows.tolist(), num_workers=cfg.workers,
+                         collate_fn=_same)
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a build that was killed
     temporary.mkdir()
-    labels, kept, bad = [], [], []
-    progress = tqdm(total=len(rows), unit="img", desc=f"decoding {cfg.dataset} {split}", disable=None)
+    name, labels, kept, bad = f"{cfg.dataset} {split}", [], [], []
+    progress = tqdm(total=len(rows), unit="img", desc=f"decoding {name}", disable=None)
     with open(temporary / "images.u8", "wb") as file, progress:
-        for images, batch_labels, batch_kept, batch_bad in loader:
-            file.writelines(image.tobytes() for image in images)
+        for images, batch_labels, batch_kept, batch_bad in batches:
+            if images is not None:
+                file.write(images.numpy().tobytes())
             labels += batch_labels
             kept += batch_kept
             bad += batch_bad
@@ -320,15 +308,16 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
     if not kept or len(bad) > cfg.max_bad * len(rows):
         shutil.rmtree(temporary)
         some = "".join(f"\n  row {row}: {why}" for row, why in bad[:5])
-        raise UserError(
-            f"{len(bad)} of {len(rows)} images of {cfg.dataset} {split} cannot be read "
-            f"(--max_bad allows {cfg.max_bad:.0%}):{some}" if len(rows) else f"dataset {cfg.dataset} {split} is empty"
-        )
+        if not len(rows):
+            raise UserError(f"dataset {name} is empty")
+        raise UserError(f"{len(bad)} of {len(rows)} images of {name} cannot be read, more than "
+                        f"--max_bad {cfg.max_bad:.0%}:{some}")
     if bad:
-        warnings.warn(f"skipped {len(bad)} unreadable images, listed in {path / 'info.json'}", stacklevel=2)
+        log.warning(f"skipped {len(bad)} unreadable images of {name}, listed in {path}/info.json")
     np.save(temporary / "labels.npy", np.array(labels, np.int64))
     np.save(temporary / "rows.npy", np.array(kept, np.int64))
-    info = dict(dataset=cfg.dataset, split=split, images=len(kept), size=size, label_column=label, unreadable=bad)
+    info = dict(dataset=cfg.dataset, split=split, label_column=label, images=len(kept), size=size,
+                unreadable=bad)
     (temporary / "info.json").write_text(json.dumps(info))
     temporary.rename(path)
 
@@ -362,22 +351,22 @@ def epoch_order(images: int, samples: int, seed: int, epoch: int) -> np.ndarray:
     return order[: samples or images]
 
 
-def loader(store: Store, order: np.ndarray, batch_size: int, rank: int, world: int, first: int,
-           workers: int, pin: bool) -> DataLoader:
-    """Batches `first`, `first + 1`, ... of `order`, this rank's share of each; the last, incomplete
-    one is left out. Yields (uint8 [B / world, 3, S, S], int64 [B / world])."""
+def loader(store: Store, order: np.ndarray, batch_size: int, first: int = 0, rank: int = 0,
+           world: int = 1, workers: int = 0, pin: bool = False) -> DataLoader:
+    """Batches `first`, `first + 1`, ... of `order`, this rank's share of each.
+
+    The last, incomplete batch is left out. Yields (uint8 [B / world, 3, S, S], int64 [B / world]).
+    """
     full = order[: len(order) // batch_size * batch_size].reshape(-1, world, batch_size // world)
-    return DataLoader(
-        _Rows(store), batch_sampler=list(full[first:, rank]), num_workers=workers, collate_fn=_same,
-        pin_memory=pin, persistent_workers=False,
-    )
+    return DataLoader(_Rows(store), batch_sampler=list(full[first:, rank]), num_workers=workers,
+                      collate_fn=_same, pin_memory=pin)
 
 
 # ---------------------------------------------------------------------------- views
 
 
 def uniform(seed: int, stream: int, number: int, index: Tensor, count: int) -> Tensor:
-    """Counter-based random numbers: float64 [B, count] in [0, 1), a function of the arguments alone.
+    """Counter-based random numbers: float64 [B, count] in [0, 1), a function of the arguments.
 
     SplitMix64 (Steele, Lea, Flood 2014), applied to each part of the key in turn.
     """
@@ -454,19 +443,38 @@ def jitter(images: Tensor, seed: int, epoch: int, index: Tensor, strength: float
     if strength == 0:
         return images
     u = uniform(seed, JITTER, epoch, index, 5).float()
-    brightness, contrast, saturation, turn = (1 + strength * (2 * u[:, :4] - 1) * torch.tensor([1, 1, 0.5, 0.25])).T
-    saturation = torch.where(u[:, 4] < strength / 2, 0.0, saturation)[:, None, None]
-    angle = 2 * torch.pi * turn  # around a full turn: 1 is no change
+    change = 1 + strength * (2 * u[:, :4] - 1) * torch.tensor([1, 1, 0.5, 0.25])
+    brightness, contrast, saturation, turn = change.T[..., None, None]  # each [B, 1, 1]
+    saturation = torch.where(u[:, 4] < strength / 2, 0.0, saturation[:, 0, 0])[:, None, None]
+    sin, cos = (2 * torch.pi * turn).sin(), (2 * torch.pi * turn).cos()  # turn 1 is no change
+    plane = cos * torch.eye(2) + sin * torch.tensor([[0.0, -1.0], [1.0, 0.0]])
     rotation = torch.eye(3).repeat(len(u), 1, 1)
-    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
-    rotation[:, 2, 1] = angle.sin()
-    rotation[:, 1, 2] = -rotation[:, 2, 1]
+    rotation[:, 1:, 1:] = plane
     hue = torch.linalg.inv(YIQ) @ rotation @ YIQ
-    luma = torch.tensor(LUMA).expand(3, 3)
-    matrix = (saturation * torch.eye(3) + (1 - saturation) * luma) @ hue * brightness[:, None, None]
-    matrix, contrast, brightness = (
-        t.to(images.device, non_blocking=True) for t in (matrix, contrast, brightness)
-    )
-    mean = (images.mean((2, 3)) @ luma[0].to(images.device)) * brightness  # luma survives hue, saturation
-    colours = (contrast[:, None, None] * matrix) @ images.flatten(2)
-    return (colours + ((1 - contrast) * mean)[:, None, None]).clamp(0, 1).view_as(images)
+    gray = torch.tensor(LUMA).expand(3, 3)  # takes a colour to its luma, three times
+    matrix = brightness * (saturation * torch.eye(3) + (1 - saturation) * gray) @ hue
+    matrix, offset = (t.to(images.device, non_blocking=True) for t in
+                      (contrast * matrix, (1 - contrast) * brightness * gray))
+    pixels = images.flatten(2)
+    # The contrast's mean: luma is untouched by hue and saturation, and scaled by brightness.
+    return (matrix @ pixels + offset @ pixels.mean(2, keepdim=True)).clamp(0, 1).view_as(images)
+
+
+def views(images: Tensor, index: Tensor, cfg, epoch: int):
+    """What teacher and student see of a batch in an epoch.
+
+    images: uint8 [B, 3, S, S], index: int64 [B]. Returns float32 in [0, 1]: the teacher's view
+    [B, 3, teacher_size, teacher_size], the same view in other colours at the student's size, and
+    the local crops inside it [local_crops * B, 3, local_size, local_size] or None.
+    """
+    box, each = view(cfg.seed, epoch, index, (cfg.crop_scale, 1.0)), 1 + cfg.local_crops
+    teacher = student = render(images, box, cfg.teacher_size)
+    if cfg.student_size != cfg.teacher_size:
+        student = render(images, box, cfg.student_size)
+    student = jitter(student, cfg.seed, epoch * each, index, cfg.jitter)
+    local = []
+    for number in range(epoch * each + 1, (epoch + 1) * each):
+        part = inside(box, view(cfg.seed, number, index, LOCAL_SCALE, LOCAL))
+        crop = render(images, part, cfg.local_size)
+        local.append(jitter(crop, cfg.seed, number, index, cfg.jitter))
+    return teacher, student, torch.cat(local) if local else None

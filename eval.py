@@ -19,13 +19,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import data
 from config import Config, EvalConfig, UserError, cli
 from model import (
-    Backbone, Distiller, build_student, load_teacher, pick_device, pick_dtype, spread, student_kwargs,
+    Backbone,
+    Distiller,
+    build_student,
+    describe,
+    load_teacher,
+    pick_device,
+    pick_dtype,
+    spread,
+    student_kwargs,
 )
 
 TEMPERATURE = 0.07  # of k-NN votes, DINO
@@ -38,13 +47,18 @@ PIXELS = 32  # side of the raw-pixel baseline
 # ---------------------------------------------------------------------------- features
 
 
+def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 @torch.inference_mode()
-def extract(backbone: Backbone, store: data.Store, rows: np.ndarray, batch_size: int, dtype) -> Tensor:
+def extract(backbone: Backbone, store: data.Store, rows, batch_size: int, dtype) -> Tensor:
     """CLS embeddings of whole images: float32 [len(rows), D] on the CPU."""
     device, out = backbone.mean.device, []
     backbone.eval()
-    for some in tqdm(np.array_split(rows, -(-len(rows) // batch_size)), desc="features", leave=False, disable=None):
-        images = data.render(torch.from_numpy(store.images[some]).to(device), None, backbone.image_size)
+    for some in tqdm(_chunks(rows, batch_size), desc="features", leave=False, disable=None):
+        images = torch.from_numpy(store.images[some]).to(device)
+        images = data.render(images, None, backbone.image_size)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             out.append(backbone(images).cls.float().cpu())
     return torch.cat(out)
@@ -66,7 +80,7 @@ def throughput(backbone: Backbone, batch_size: int, dtype) -> float:
 # ---------------------------------------------------------------------------- judges
 
 
-def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int, chunk: int = 1024) -> Tensor:
+def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> Tensor:
     """Weighted k-NN on the cosine, votes exp(cos / 0.07): predicted labels int64 [Q].
 
     train [N, D], labels int64 [N] >= 0, queries [Q, D]; float32 throughout. k is at most N.
@@ -74,7 +88,7 @@ def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int, chunk: i
     """
     train, classes = F.normalize(train.float(), dim=1), int(labels.max()) + 1
     predictions = []
-    for some in F.normalize(queries.float(), dim=1).split(chunk):
+    for some in F.normalize(queries.float(), dim=1).split(1024):
         cos, nearest = (some @ train.T).topk(min(k, len(train)), dim=1)
         votes = torch.zeros(len(some), classes, device=train.device)
         votes.scatter_add_(1, labels[nearest], ((cos - 1) / TEMPERATURE).exp())
@@ -88,16 +102,16 @@ def fit_probe(x: Tensor, y: Tensor, classes: int, C: float, start: Tensor | None
     x: float64 [N, D], standardised. Minimises mean cross-entropy + |W|^2 / (2 C N), bias free:
     scikit-learn's LogisticRegression(C), by full-batch L-BFGS. start: weights to begin from.
     """
-    w = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype, device=x.device) if start is None else start.clone()
+    w = torch.zeros(x.shape[1] + 1, classes).to(x) if start is None else start.clone()
     w.requires_grad_()
     optimiser = torch.optim.LBFGS(
         [w], max_iter=1000, history_size=10, tolerance_grad=1e-6, tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )
+        line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        loss = F.cross_entropy(torch.addmm(w[-1], x, w[:-1]), y) + w[:-1].square().sum() / (2 * C * len(x))
+        loss = F.cross_entropy(torch.addmm(w[-1], x, w[:-1]), y)
+        loss = loss + w[:-1].square().sum() / (2 * C * len(x))
         loss.backward()
         return loss
 
@@ -119,10 +133,10 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor) -> tuple[Tensor, f
     w, best, best_C, worse = None, -1.0, STRENGTHS[0], 0
     for C in STRENGTHS:
         w = fit_probe(train[rest], labels[rest], classes, C, w)
-        accuracy = ((train[held] @ w[:-1] + w[-1]).argmax(1) == labels[held]).double().mean().item()
-        worse = 0 if accuracy > best else worse + 1
-        if accuracy > best:
-            best, best_C = accuracy, C
+        hits = (train[held] @ w[:-1] + w[-1]).argmax(1) == labels[held]
+        worse += 1
+        if (accuracy := float(hits.double().mean())) > best:
+            best, best_C, worse = accuracy, C, 0
         if worse == 2:
             break
     w = fit_probe(train, labels, classes, best_C, w)
@@ -137,70 +151,61 @@ def effective_rank(features: Tensor) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
-def judge(train: Tensor, y: Tensor, test: Tensor, y_test: Tensor, probe: bool = True) -> dict:
-    """Accuracies (if there are labels) and diagnostics of one model's features."""
-    row = dict(spread=float(spread(test)), rank=effective_rank(test))
-    if len(y) and len(y_test):
-        for k in NEIGHBOURS:
-            row[f"knn{k}"] = float((knn_predict(train, y, test, k) == y_test).float().mean())
-        if probe:
-            predicted, row["C"] = linear_probe(train, y, test)
-            row["linear"] = float((predicted == y_test).float().mean())
-    return row
-
-
 # ---------------------------------------------------------------------------- checkpoints
 
 
 def read_checkpoint(path: Path) -> tuple[dict, Config]:
     """A checkpoint of train.py -> (its contents, its Config). Runs no code from the file.
 
-    Raises UserError when it is missing, damaged or another program's.
+    Raises UserError when it is damaged or another program's.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         known = {f.name for f in dataclasses.fields(Config)}
         return saved, Config(**{k: v for k, v in saved["config"].items() if k in known})
-    except FileNotFoundError:
-        raise UserError(f"no such checkpoint: {path}") from None
     except Exception as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a checkpoint of this program, or it is damaged: {why}") from error
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is not a checkpoint of this program, or damaged: {why}") from error
 
 
-def student_of(saved: dict, cfg: Config) -> Backbone:
-    """The trained student of a checkpoint, in eval mode."""
-    student = build_student(cfg.student, cfg.student_size, cfg.pool, **student_kwargs(cfg.student_args))
-    try:
-        student.net.load_state_dict(saved["student"])
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint's weights do not fit {cfg.student}: {error}") from error
+def student_of(cfg: Config, weights: dict | None = None) -> Backbone:
+    """The student of a config: with a checkpoint's weights, or as it was before training."""
+    torch.manual_seed(cfg.seed)
+    args = student_kwargs(cfg.student_args)
+    if cfg.local_crops and describe(cfg.student, cfg.student_size, tuple(args.items()))["tokens"]:
+        args["dynamic_img_size"] = True  # one ViT for views of two sizes
+    student = build_student(cfg.student, cfg.student_size, cfg.pool, **args)
+    if weights:
+        try:
+            student.net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"the weights do not fit {cfg.student} {args}: {error}") from error
     return student.eval()
 
 
 def merged(cfg: Config, args: EvalConfig) -> Config:
     """The checkpoint's config with what eval.py was told instead."""
-    names = "train_split test_split image_column label_column cache_dir num_workers teacher_weights".split()
-    told = {name: getattr(args, name) for name in names if getattr(args, name) not in ("", -1)}
-    if args.dataset:  # columns, splits and subsets belong to the training data
-        told = dict(image_column="", label_column="", test_split="", train_split="train", store_size=0,
-                    max_samples=0) | told
-        told["dataset"] = args.dataset
+    names = "train_split test_split image_column label_column cache_dir num_workers teacher_weights"
+    told = {n: getattr(args, n) for n in names.split() if getattr(args, n) not in ("", -1)}
+    if args.dataset:  # splits, columns and subsets were those of the training data
+        told = dict(dataset=args.dataset, train_split="train", test_split="", image_column="",
+                    label_column="", max_samples=0) | told
     return dataclasses.replace(cfg, device=args.device, precision=args.precision, **told)
 
 
 def subset(store: data.Store, count: int, labelled: bool) -> np.ndarray:
-    """Positions of a fixed random subset (0 = all), of labelled images if asked."""
+    """Positions of `count` random images (0 = all), the same every time; only labelled ones."""
     rows = np.flatnonzero(store.labels >= 0) if labelled else np.arange(len(store))
-    return np.sort(np.random.default_rng(0).permutation(rows)[:count]) if 0 < count < len(rows) else rows
+    if not 0 < count < len(rows):
+        return rows
+    return np.sort(np.random.default_rng(0).permutation(rows)[:count])
 
 
 class Bench:
-    """Train and test images of one config, ready to judge any backbone on."""
+    """The training and test images of a config, ready to judge any backbone on."""
 
     def __init__(self, cfg: Config, max_train: int = 0, max_test: int = 0, batch_size: int = 256):
         limit = max(cfg.teacher_size, cfg.student_size)
-        # The training split's store is shared with train.py, subset or not.
         self.train = data.open_store(cfg, cfg.train_split, limit, cfg.max_samples)
         self.test = data.open_store(cfg, cfg.test_split, limit)
         self.device, self.batch_size = pick_device(cfg.device), batch_size
@@ -208,24 +213,41 @@ class Bench:
         self.labelled = bool((self.train.labels >= 0).any() and (self.test.labels >= 0).any())
         self.train_rows = subset(self.train, max_train, self.labelled)
         self.test_rows = subset(self.test, max_test, self.labelled)
-        names, y = np.unique(self.train.labels[self.train_rows], return_inverse=True)
-        # A test label that train does not have can only be wrong: one class beyond the known ones.
-        known = {name: i for i, name in enumerate(names)}
-        y_test = [known.get(name, len(names)) for name in self.test.labels[self.test_rows].tolist()]
-        empty = torch.empty(0, dtype=torch.long)
-        self.y = torch.from_numpy(y) if self.labelled else empty
-        self.y_test = torch.tensor(y_test) if self.labelled else empty
+        y, y_test = self.train.labels[self.train_rows], self.test.labels[self.test_rows]
+        # Classes are numbered by the training labels; what only test knows can only be wrong.
+        classes = np.unique(y)
+        self.y = torch.from_numpy(np.searchsorted(classes, y))
+        unknown = ~np.isin(y_test, classes)
+        self.y_test = torch.from_numpy(np.where(unknown, -1, np.searchsorted(classes, y_test)))
 
     def features(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
         pairs = ((self.train, self.train_rows), (self.test, self.test_rows))
-        return tuple(extract(backbone, store, rows, self.batch_size, self.dtype) for store, rows in pairs)
+        return tuple(extract(backbone, s, r, self.batch_size, self.dtype) for s, r in pairs)
+
+    def pixels(self) -> tuple[Tensor, Tensor]:
+        """Raw pixels as features: float32 [N, 3 * PIXELS * PIXELS]."""
+
+        def flat(store, rows):
+            images = (torch.from_numpy(store.images[some]) for some in _chunks(rows, 1024))
+            return torch.cat([data.render(batch, None, PIXELS).flatten(1) for batch in images])
+
+        return flat(self.train, self.train_rows), flat(self.test, self.test_rows)
 
     def judge(self, train: Tensor, test: Tensor, probe: bool = True) -> dict:
-        # MPS has no float64; there the judges work on the CPU.
-        device = self.device if self.device.type == "cuda" else torch.device("cpu")
-        return judge(*(t.to(device) for t in (train, self.y, test, self.y_test)), probe=probe)
+        """Accuracies, if there are labels, and diagnostics of one model's features."""
+        # Apple's GPUs have no float64: there the judges work on the CPU.
+        device = self.device if self.device.type == "cuda" else "cpu"
+        train, y, test, y_test = (t.to(device) for t in (train, self.y, test, self.y_test))
+        row = dict(spread=float(spread(test)), rank=effective_rank(test))
+        if self.labelled:
+            for k in NEIGHBOURS:
+                row[f"knn{k}"] = float((knn_predict(train, y, test, k) == y_test).float().mean())
+            if probe:
+                predicted, row["C"] = linear_probe(train, y, test)
+                row["linear"] = float((predicted == y_test).float().mean())
+        return row
 
-    def model_row(self, name: str, backbone: Backbone, features, probe: bool) -> dict:
+    def row(self, name: str, backbone: Backbone, features, probe: bool) -> dict:
         row = dict(model=name, parameters=backbone.parameter_count, size=backbone.image_size)
         row["images_per_s"] = throughput(backbone, min(64, self.batch_size), self.dtype)
         return row | self.judge(*features, probe=probe)
@@ -233,96 +255,86 @@ class Bench:
 
 # ---------------------------------------------------------------------------- table
 
-
 COLUMNS = (  # heading, key, format
-    ("model", "model", "s"), ("k-NN 20", "knn20", ".1%"), ("k-NN 10", "knn10", ".1%"),
-    ("linear", "linear", ".1%"), ("keeps k-NN", "retention_knn", ".1%"), ("keeps linear", "retention_linear", ".1%"),
-    ("cos", "cos", ".3f"), ("spread", "spread", ".3f"), ("rank", "rank", ".0f"),
-    ("params", "parameters", "M"), ("images/s", "images_per_s", ".0f"),
+    ("model", "model", "s"), ("k-NN", "knn20", ".1%"), ("k-NN 10", "knn10", ".1%"),
+    ("linear", "linear", ".1%"), ("keeps k-NN", "retention_knn", ".1%"),
+    ("keeps linear", "retention_linear", ".1%"), ("cos", "cos", ".3f"),
+    ("spread", "spread", ".3f"), ("rank", "rank", ".0f"), ("params", "parameters", "M"),
+    ("images/s", "images_per_s", ".0f"),
 )
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, aligned so that a terminal shows it as well; columns nobody filled are left out."""
-    columns = [c for c in COLUMNS if any(c[1] in row for row in rows)]
+    """Markdown, aligned for a terminal; columns that nobody fills are left out."""
 
-    def cell(row, key, how):
+    def cell(row: dict, key: str, how: str) -> str:
         if key not in row:
             return "-"
         return f"{row[key] / 1e6:.2f} M" if how == "M" else format(row[key], how)
 
+    columns = [c for c in COLUMNS if any(c[1] in row for row in rows)]
     lines = [[c[0] for c in columns], *([cell(row, *c[1:]) for c in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * w for w in widths])
-    return "\n".join("| " + " | ".join(t.ljust(w) for t, w in zip(ln, widths, strict=True)) + " |" for ln in lines)
+    pad = (" | ".join(map(str.ljust, line, widths)) for line in lines)
+    return "\n".join(f"| {line} |" for line in pad)
 
 
 def main(args: EvalConfig) -> list[dict]:
-    """Evaluate args.checkpoints; returns the table's rows."""
-    rows, bench, base = [], None, None
+    """Judge args.checkpoints and, once per teacher and data, the baselines; returns the rows."""
+    rows, known = [], None
     for path in map(Path, args.checkpoints):
         saved, cfg = read_checkpoint(path)
         cfg = merged(cfg, args)
-        shared = (cfg.dataset, cfg.teacher, cfg.teacher_size, cfg.student_size, cfg.teacher_weights)
-        if shared != base:  # the data and the teacher; the same for the checkpoints of one run
-            base, bench, teacher_row, teacher, teacher_features = shared, None, {}, None, None
+        if known != (known := (cfg.dataset, cfg.teacher, cfg.teacher_size, cfg.student_size)):
             bench = Bench(cfg, args.max_train, args.max_test, args.batch_size)
-            print(f"{cfg.dataset}: {len(bench.train_rows)} training and {len(bench.test_rows)} test images, "
-                  f"{bench.device.type} {str(bench.dtype).split('.')[1]}", flush=True)
+            print(f"{cfg.dataset}: {len(bench.train_rows)} training, {len(bench.test_rows)} test "
+                  f"images, {bench.device.type}, {str(bench.dtype).split('.')[1]}", flush=True)
             if not bench.labelled:
-                print("no labels in both splits: k-NN and linear probe are skipped (--label_column?)")
+                print("k-NN and linear probe are skipped: no labels in one of the splits "
+                      "(--label_column and --test_split choose others)")
+            teacher, reference = None, {}
             if args.baselines:
                 try:
-                    teacher = load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights).to(bench.device)
-                    teacher_features = bench.features(teacher)
-                    teacher_row = bench.model_row(f"teacher {cfg.teacher}", teacher, teacher_features, args.probe)
-                    rows.append(teacher_row)
-                except UserError as error:
+                    teacher = load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
+                    teacher.to(bench.device)
+                    asked = bench.features(teacher)
+                    reference = bench.row(f"teacher {cfg.teacher}", teacher, asked, args.probe)
+                    rows.append(reference)
+                except UserError as error:  # the student can be judged without it
                     print(f"without the teacher's row: {error}")
-                if bench.labelled:
-                    pixels = [data_pixels(s, r) for s, r in ((bench.train, bench.train_rows), (bench.test, bench.test_rows))]
-                    rows.append(dict(model=f"raw pixels {PIXELS} px", **bench.judge(*pixels, probe=False)))
-                torch.manual_seed(cfg.seed)
-                random = build_student(cfg.student, cfg.student_size, cfg.pool, **student_kwargs(cfg.student_args))
-                random = random.to(bench.device)
-                rows.append(bench.model_row("random student", random, bench.features(random), args.probe))
-        student = student_of(saved, cfg).to(bench.device)
+                rows.append(dict(model="raw pixels", **bench.judge(*bench.pixels(), probe=False)))
+                untrained = student_of(cfg).to(bench.device)
+                pair = bench.features(untrained)
+                rows.append(bench.row("student, untrained", untrained, pair, args.probe))
+        student = student_of(cfg, saved["student"]).to(bench.device)
         features = bench.features(student)
-        row = bench.model_row(f"student, epoch {saved['epoch']:g}", student, features, args.probe)
-        for key, of in (("retention_knn", f"knn{NEIGHBOURS[-1]}"), ("retention_linear", "linear")):
-            if of in row and teacher_row.get(of):
-                row[key] = row[of] / teacher_row[of]
-        if teacher is not None:
+        row = bench.row(f"student, epoch {saved['epoch']:g}", student, features, args.probe)
+        for name, key in (("knn", "knn20"), ("linear", "linear")):
+            if key in row and key in reference:
+                row[f"retention_{name}"] = row[key] / reference[key]
+        if teacher:
             distiller = Distiller(student, teacher, cfg)
             distiller.load_state_dict(saved["heads"], strict=False)
-            head = distiller.cls_head.to("cpu")
-            predicted = head.predict(features[1]).detach()
-            row["cos"] = float(F.cosine_similarity(predicted, head.target(teacher_features[1])).mean())
-        rows.append(row | dict(checkpoint=str(path), epoch=saved["epoch"]))
+            head = distiller.cls_head.cpu()
+            target = head.target(asked[1])
+            row["cos"] = float(F.cosine_similarity(head.predict(features[1]), target).mean())
+        rows.append(row | dict(checkpoint=str(path), epoch=saved["epoch"], step=saved["step"]))
     print(table(rows))
     out = Path(args.checkpoints[0]).parent / "eval.json"
     out.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"written to {out}")
     if args.save_features:
-        save_features(Path(args.save_features), bench, features)
+        save_features(args.save_features, bench, features)
     return rows
 
 
-def data_pixels(store: data.Store, rows: np.ndarray) -> Tensor:
-    """Raw pixels as features: float32 [len(rows), 3 * PIXELS * PIXELS]."""
-    parts = np.array_split(rows, -(-len(rows) // 1024))
-    return torch.cat([data.render(torch.from_numpy(store.images[p]), None, PIXELS).flatten(1) for p in parts])
-
-
-def save_features(path: Path, bench: Bench, features: tuple[Tensor, Tensor]) -> None:
-    """train_ and test_: features float32 [N, D], labels int64 [N], rows int64 [N] in the source."""
-    from safetensors.torch import save_file
-
+def save_features(path: str, bench: Bench, features: tuple[Tensor, Tensor]) -> None:
+    """safetensors: train_ and test_ features float32 [N, D], labels int64 [N], rows int64 [N]."""
+    stores = dict(train=(bench.train, bench.train_rows), test=(bench.test, bench.test_rows))
     out = {}
-    for name, store, rows, values in (
-        ("train", bench.train, bench.train_rows, features[0]), ("test", bench.test, bench.test_rows, features[1]),
-    ):
-        out[f"{name}_features"] = values.contiguous()
+    for (name, (store, rows)), values in zip(stores.items(), features, strict=True):
+        out[f"{name}_features"] = values
         out[f"{name}_labels"] = torch.from_numpy(store.labels[rows])
         out[f"{name}_rows"] = torch.from_numpy(store.rows[rows])
     save_file(out, path)

@@ -29,8 +29,8 @@ TEACHERS = {  # the official names -> timm's
     for reg in ("", "_reg")
 }
 DEMO_TEACHER = Path(__file__).parent / "assets" / "demo_teacher.safetensors"
-DEMO_SIZE = 48  # pixels at which its position table was trained
-DEMO_ARGS = dict(patch_size=8, embed_dim=64, depth=6, num_heads=4, init_values=1.0)
+DEMO_SIZE = 32  # pixels at which its position table was trained
+DEMO_ARGS = dict(patch_size=8, embed_dim=64, depth=4, num_heads=4, init_values=1.0)
 TOKENS_PER_IMAGE = 8  # patches of each image in the statistics of a Head
 
 
@@ -88,25 +88,27 @@ def _create(name: str, image_size: int, **timm_kwargs) -> nn.Module:
 
 @functools.cache
 def describe(name: str, image_size: int, timm_kwargs: tuple = ()) -> dict:
-    """embed_dim, grid and parameters of a timm model, found on the meta device: no memory, no weights.
+    """embed_dim, grid, parameters and whether its output is tokens, of a timm model.
 
-    Raises what timm raises for arguments the model does not take, UserError for a size that is
-    not a multiple of its patch (timm would drop the border without a word).
+    Found on the meta device, without memory or weights. Raises what timm raises for arguments the
+    model does not take, and UserError for a size that is not a multiple of its patch, of which timm
+    would drop the border without a word.
     """
     with torch.device("meta"):
         net = _create(name, image_size, **dict(timm_kwargs))
         patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
         if patch and image_size % patch[0]:
             low = image_size // patch[0] * patch[0]
-            raise UserError(f"{image_size} px is not a multiple of {name}'s {patch[0]} px patch: "
-                            f"use {low or patch[0]} or {low + patch[0]}")
+            raise UserError(f"{image_size} px is not a multiple of {name}'s {patch[0]} px patch; "
+                            f"{low or patch[0]} and {low + patch[0]} are")
         x = net.eval().forward_features(torch.zeros(1, 3, image_size, image_size))
         if x.ndim == 4:
             grid = x.shape[1:3] if getattr(net, "output_fmt", "") == "NHWC" else x.shape[2:]
             width = x.shape[-1] if getattr(net, "output_fmt", "") == "NHWC" else x.shape[1]
         else:
             grid, width = net.patch_embed.grid_size, x.shape[-1]
-    return dict(embed_dim=width, grid=tuple(grid), parameters=sum(p.numel() for p in net.parameters()))
+    count = sum(p.numel() for p in net.parameters())
+    return dict(embed_dim=width, grid=tuple(grid), parameters=count, tokens=x.ndim == 3)
 
 
 def _teacher_spec(name: str) -> tuple[str, dict]:
@@ -117,42 +119,45 @@ def _teacher_spec(name: str) -> tuple[str, dict]:
 
 
 def student_kwargs(text: str) -> dict:
-    """'depth=6 embed_dim=192' -> {"depth": 6, "embed_dim": 192}. Raises UserError."""
-    try:
-        pairs = (item.partition("=") for item in text.replace(",", " ").split())
-        return {name: ast.literal_eval(value) for name, _, value in pairs}
-    except (ValueError, SyntaxError):
-        raise UserError(f"--student_args {text!r}: write name=value, separated by spaces") from None
+    """'depth=6 weight_init=jax' -> {"depth": 6, "weight_init": "jax"}. Raises UserError."""
+    kwargs = {}
+    for name, equals, value in (item.partition("=") for item in text.replace(",", " ").split()):
+        if not (name.isidentifier() and equals and value):
+            raise UserError(f"--student_args {text!r}: write name=value, separated by spaces")
+        try:
+            kwargs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            kwargs[name] = value  # a word
+    return kwargs
 
 
 def problems(cfg) -> list[str]:
-    """Everything wrong with the models of a Config, before anything is downloaded or written."""
-    found = []
-    known = timm.list_models()
-    names = [("teacher", _teacher_spec(cfg.teacher)[0]), ("student", cfg.student)]
-    for role, name in names:
+    """What does not fit the models of a Config, found before anything is downloaded or written."""
+    known, found = timm.list_models(), []
+    name, kwargs = _teacher_spec(cfg.teacher)
+    sides = [("teacher", name, kwargs, [cfg.teacher_size], [*TEACHERS, "demo", *known])]
+    try:
+        sizes = [cfg.student_size] + [cfg.local_size] * (cfg.local_crops > 0)
+        sides.append(("student", cfg.student, student_kwargs(cfg.student_args), sizes, known))
+    except UserError as error:
+        found.append(str(error))
+    for role, name, kwargs, sizes, names in sides:
         if name.split(".")[0] not in known:
-            choices = [*TEACHERS, "demo", *known] if role == "teacher" else known
-            hint = nearest(name, choices)
-            found.append(f"--{role} {name}: not a name that timm {timm.__version__} knows{hint}")
+            found.append(f"--{role} {name}: not among the models of timm {timm.__version__}"
+                         f"{nearest(name, names)}")
             continue
         try:
-            if role == "teacher":
-                describe(name, cfg.teacher_size, tuple(_teacher_spec(cfg.teacher)[1].items()))
-                continue
-            kwargs = student_kwargs(cfg.student_args)
-            info = describe(name, cfg.student_size, tuple(kwargs.items()))
-            if info["parameters"] > cfg.max_student_params:
-                found.append(
-                    f"--student {name}: {info['parameters'] / 1e6:.1f} M parameters, above "
-                    f"--max_student_params {cfg.max_student_params}"
-                )
-            if cfg.local_crops:
-                describe(name, cfg.local_size, tuple(kwargs.items()))
+            infos = [describe(name, size, tuple(kwargs.items())) for size in sizes]
         except UserError as error:
-            found.append(f"--{role}_size: {error}" if "patch" in str(error) else str(error))
-        except Exception as error:  # timm models fail in many ways when given what they do not take
-            found.append(f"--{role} {name}: timm cannot build it at this size with these arguments: {error}")
+            found.append(f"--{role}_size: {error}")
+        except Exception as error:  # timm models fail in many ways on what they do not take
+            found.append(f"--{role} {name}: timm cannot build it at {sizes} px with "
+                         f"{kwargs}: {error}")
+        else:
+            count = infos[0]["parameters"]
+            if role == "student" and count > cfg.max_student_params:
+                found.append(f"--student {name}: {count / 1e6:.1f} M parameters, more than "
+                             f"--max_student_params {cfg.max_student_params / 1e6:.0f} M")
     return found
 
 
@@ -185,8 +190,8 @@ def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
         )
     except Exception as error:
         if weights:
-            reason = str(error).strip()[:300]
-            raise UserError(f"--teacher_weights {weights} does not fit {timm_name}: {reason}") from error
+            raise UserError(f"--teacher_weights {weights} does not fit {timm_name}: "
+                            f"{str(error).strip()[:300]}") from error
         raise hub_error(f"the weights of {timm_name}", advice, error) from error
     if hasattr(net, "set_input_size"):
         table = net.pos_embed
@@ -251,7 +256,7 @@ LOSSES = dict(cosine=cosine_loss, mse=mse_loss, smooth_l1=smooth_l1_loss)
 class Head(nn.Module):
     """Brings teacher and student to one width; nothing on the teacher's side ever trains.
 
-    Teacher: target = ((features - mean) @ basis) / scale, all three measured or drawn once by `fit`.
+    Teacher: target = ((features - mean) @ basis) / scale, all three set once by `fit`.
       pca      basis = the principal axes, Ds of them. A narrower teacher (Dt < Ds) fills the
                first Dt dimensions and leaves the others zero.
       frozen   basis = random orthonormal axes.
@@ -278,10 +283,9 @@ class Head(nn.Module):
         if kind == "linear":
             self.predict = nn.Linear(student_dim, teacher_dim)
         elif kind == "mlp":
-            hidden = 2 * teacher_dim
-            self.predict = nn.Sequential(
-                nn.Linear(student_dim, hidden), nn.GELU(), nn.Linear(hidden, teacher_dim)
-            )
+            inner = 2 * teacher_dim
+            layers = nn.Linear(student_dim, inner), nn.GELU(), nn.Linear(inner, teacher_dim)
+            self.predict = nn.Sequential(*layers)
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
@@ -336,18 +340,19 @@ class Distiller(nn.Module):
         cls, tokens = [], []
         for features in teacher_features:
             patches = resample_patches(features.patches, self.teacher_grid, self.grid).flatten(0, 1)
-            some = torch.randperm(len(patches), generator=generator)[: TOKENS_PER_IMAGE * len(features.cls)]
+            some = torch.randperm(len(patches), generator=generator)
+            some = some[: TOKENS_PER_IMAGE * len(features.cls)].to(patches.device)
             cls.append(features.cls.float())
-            tokens.append(patches[some.to(patches.device)].float())
+            tokens.append(patches[some].float())
         self.cls_head.fit(torch.cat(cls))
         self.patch_head.fit(torch.cat(tokens))
 
     def targets(self, features: Features) -> Features:
-        """The teacher's Features -> float32 targets on the student's grid: cls [B, K], patches [B, N, K]."""
+        """The teacher's Features -> float32 targets cls [B, K], patches [B, N, K] on our grid."""
         patches = resample_patches(features.patches, self.teacher_grid, self.grid)
         return Features(self.cls_head.target(features.cls), self.patch_head.target(patches))
 
-    def forward(self, student_images: Tensor, cls_target: Tensor, patch_target: Tensor, local_images=None):
+    def forward(self, student_images, cls_target, patch_target, local_images=None):
         features = self.student(student_images)
         cls = self.cls_head.predict(features.cls)
         cls_loss = self.distance(cls, cls_target)
@@ -378,21 +383,25 @@ def spread(embeddings: Tensor) -> Tensor:
 
 
 def pick_device(name: str) -> torch.device:
+    """auto: a CUDA GPU, else an Apple one, else the CPU."""
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: torch finds no Apple GPU here")
+        name = next(device for device, is_here in here.items() if is_here)
+    if not here[name]:
+        raise UserError(f"--device {name}: torch finds no such device here")
     return torch.device(name)
+
+
+def _cpu_has_bf16() -> bool:
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """auto: bf16 where the hardware multiplies it, fp16 on older GPUs, else float32."""
-    if precision == "auto":
-        if device.type == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:
-            fast = torch.cpu.get_capabilities().get("avx512_bf16", False) if device.type == "cpu" else False
-            precision = "bf16" if fast else "fp32"
+    if precision == "auto" and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp16"
+    elif precision == "auto":
+        native = device.type == "cpu" and _cpu_has_bf16()
+        precision = "bf16" if native else "fp32"
     return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]

@@ -24,7 +24,7 @@ import train
 from config import Config, EvalConfig, UserError, parse
 
 TINY = dict(
-    dataset="shapes", teacher="demo", teacher_size=48, student="vit_tiny_patch16_224", student_size=32,
+    dataset="shapes", teacher="demo", teacher_size=32, student="vit_tiny_patch16_224", student_size=32,
     student_args="embed_dim=48 depth=2 num_heads=2", batch_size=16, max_samples=80, epochs=2, precision="fp32",
     device="cpu", log_every=2, num_workers=0, lr=2e-3,
 )
@@ -53,7 +53,7 @@ def demo_distiller(**changes):
     cfg = Config(**{**TINY, **changes})
     torch.manual_seed(0)
     student = model.build_student(cfg.student, cfg.student_size, cfg.pool, **model.student_kwargs(cfg.student_args))
-    teacher = model.load_teacher("demo", 48)
+    teacher = model.load_teacher("demo", 32)
     return teacher, model.Distiller(student, teacher, cfg)
 
 
@@ -78,9 +78,9 @@ def test_flags_override_the_preset_and_no_resume_is_a_switch():
     "changes, words",
     [
         (dict(student_size=100), "multiple of"),
-        (dict(teacher="dinov2_vitb14", teacher_size=96), "84 or 98"),
+        (dict(teacher="dinov2_vitb14", teacher_size=96), "84 and 98 are"),
         (dict(student="vit_large_patch16_224", student_args=""), "303.1 M parameters"),
-        (dict(student_args="depth=six"), "name=value"),
+        (dict(student_args="depth"), "name=value"),
         (dict(student_args="depht=6"), "depht"),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_folder_is_decoded_once_into_upright_rgb(tiny, photos):
     assert len(turned) == 1, "EXIF orientation is applied"
 
 
-def test_unreadable_images_are_skipped_and_counted_until_there_are_too_many(tiny, photos, tmp_path):
+def test_unreadable_images_are_skipped_and_counted_until_there_are_too_many(tiny, photos, tmp_path, caplog):
     import shutil
 
     folder = tmp_path / "photos"
@@ -141,8 +141,8 @@ def test_unreadable_images_are_skipped_and_counted_until_there_are_too_many(tiny
     (folder / "train" / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="3 of 37 images"):
         data.open_store(tiny(dataset=str(folder)), "train", 32)
-    with pytest.warns(UserWarning, match="skipped 3"):
-        store = data.open_store(tiny(dataset=str(folder), max_bad=0.1), "train", 32)
+    store = data.open_store(tiny(dataset=str(folder), max_bad=0.1), "train", 32)
+    assert "skipped 3" in caplog.text
     assert len(store) == 34 and len(store.info["unreadable"]) == 3
 
 
@@ -204,7 +204,7 @@ def test_an_epoch_is_a_permutation_and_ranks_share_its_batches(tiny):
     assert len(set(data.epoch_order(80, 20, 1, 0))) == 20
 
     def seen(rank, world, first=0):
-        return [index for _, index in data.loader(store, order, 16, rank, world, first, 0, False)]
+        return [index for _, index in data.loader(store, order, 16, first, rank, world)]
 
     whole, left, right = seen(0, 1), seen(0, 2), seen(1, 2)
     assert len(whole) == 5
@@ -313,10 +313,10 @@ def test_nothing_on_the_teachers_side_gets_a_gradient_or_moves(tiny):
         frozen = {k: v.clone() for k, v in [*teacher.state_dict().items(), *distiller.named_buffers()]}
         optimiser = torch.optim.AdamW(train.parameter_groups(distiller, 0.1), lr=1e-2)
         for _ in range(3):
-            images = torch.rand(4, 3, 48, 48)
+            images = torch.rand(4, 3, 32, 32)
             targets = distiller.targets(teacher(images))
             assert not any(t.requires_grad for t in targets)
-            loss, _ = distiller(F.interpolate(images, 32), *targets)
+            loss, _ = distiller(images, *targets)
             loss.backward()
             optimiser.step()
         assert all(p.grad is None for p in teacher.parameters())
@@ -384,8 +384,8 @@ def test_learned_heads_and_smooth_l1_see_standardised_targets():
 def test_weights_and_local_crops_enter_the_loss_as_stated():
     teacher, distiller = demo_distiller(cls_weight=2.0, patch_weight=0.25)
     distiller.eval()
-    images = torch.rand(3, 3, 48, 48)
-    targets, view = distiller.targets(teacher(images)), F.interpolate(images, 32)
+    view = torch.rand(3, 3, 32, 32)
+    targets = distiller.targets(teacher(view))
     loss, stats = distiller(view, *targets)
     assert torch.allclose(loss, 2 * stats[1] + 0.25 * stats[2])
     _, with_locals = distiller(view, *targets, torch.cat([view, view]))
@@ -420,11 +420,16 @@ def test_no_weight_decay_on_biases_norms_tokens_and_positions():
 
 
 def test_training_teaches(tiny):
-    """The cosine to the teacher rises, and k-NN beats the untrained student's."""
-    result = train.main(tiny(max_samples=320, epochs=12, batch_size=32, log_every=100, eval_at_end=True))
-    rows = {row["model"].split()[0]: row for row in result["eval"]}
-    assert result["cos"] > 0.5 and rows["student,"]["knn20"] > rows["random"]["knn20"] + 0.05
-    assert rows["student,"]["retention_knn"] == rows["student,"]["knn20"] / rows["teacher"]["knn20"]
+    """The cosine to the teacher rises, and k-NN on the student beats k-NN on an untrained one."""
+    args = "patch_size=8 embed_dim=64 depth=2 num_heads=4 weight_init=jax"
+    cfg = tiny(max_samples=1024, epochs=6, batch_size=32, student_args=args, lr=3e-3, crop_scale=0.8)
+    train.main(cfg)
+    lines = [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["cos"] < 0.05 and lines[-1]["cos"] > 0.3
+    rows = evaluation.main(EvalConfig((str(cfg.run_path / "checkpoint_latest.pth"),), device="cpu"))
+    teacher, _, untrained, student = rows
+    assert teacher["knn20"] > 0.95 and student["knn20"] > untrained["knn20"] + 0.1
+    assert student["retention_knn"] == student["knn20"] / teacher["knn20"]
 
 
 def stop_at(monkeypatch, step: int, number: int) -> None:
