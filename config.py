@@ -200,7 +200,8 @@ def validate(cfg, *checks, found=()) -> None:
     for check in (type(cfg).problems, *checks):
         found += [problem for problem in check(cfg) if problem not in found]
     if found:
-        raise UserError(found[0] if len(found) == 1 else "\n  - ".join(["several:", *found]))
+        several = "\n  - ".join([f"{len(found)} problems:", *found])
+        raise UserError(found[0] if len(found) == 1 else several)
 
 
 def parse(cls, argv: list[str], *checks):

@@ -5,10 +5,12 @@ the longer ones (several processes, a loopback Hub).
 """
 
 import dataclasses
+import io
 import json
 import os
 import signal
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -24,9 +26,20 @@ import train
 from config import Config, EvalConfig, UserError, parse
 
 TINY = dict(
-    dataset="shapes", teacher="demo", teacher_size=32, student="vit_tiny_patch16_224", student_size=32,
-    student_args="embed_dim=48 depth=2 num_heads=2", batch_size=16, max_samples=80, epochs=2, precision="fp32",
-    device="cpu", log_every=2, num_workers=0, lr=2e-3,
+    dataset="shapes",
+    teacher="demo",
+    teacher_size=32,
+    student="vit_tiny_patch16_224",
+    student_size=32,
+    student_args="embed_dim=48 depth=2 num_heads=2",
+    batch_size=16,
+    max_samples=80,
+    epochs=2,
+    precision="fp32",
+    device="cpu",
+    log_every=2,
+    num_workers=0,
+    lr=2e-3,
 )
 
 
@@ -38,7 +51,9 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def tiny(tmp_path, cache):
     """A training run of seconds: tiny(epochs=3) -> Config."""
-    return lambda **changes: Config(**{**TINY, "cache_dir": cache, "run_dir": str(tmp_path / "run"), **changes})
+    return lambda **changes: Config(
+        **{**TINY, "cache_dir": cache, "run_dir": str(tmp_path / "run"), **changes}
+    )
 
 
 def weights(cfg: Config) -> dict:
@@ -52,7 +67,9 @@ def same(a: dict, b: dict) -> bool:
 def demo_distiller(**changes):
     cfg = Config(**{**TINY, **changes})
     torch.manual_seed(0)
-    student = model.build_student(cfg.student, cfg.student_size, cfg.pool, **model.student_kwargs(cfg.student_args))
+    student = model.build_student(
+        cfg.student, cfg.student_size, cfg.pool, **model.student_kwargs(cfg.student_args)
+    )
     teacher = model.load_teacher("demo", 32)
     return teacher, model.Distiller(student, teacher, cfg)
 
@@ -61,11 +78,21 @@ def demo_distiller(**changes):
 
 
 def test_every_mistake_is_reported_at_once_with_the_nearest_name():
-    argv = "--dataset cifar1 --epoch 5 --loss cosin --lr fast --student vit_smal_patch16_224 --cls_weight 0 --patch_weight 0"
+    argv = (
+        "--dataset cifar1 --epoch 5 --loss cosin --lr fast --student vit_smal_patch16_224 "
+        "--cls_weight 0 --patch_weight 0"
+    )
     with pytest.raises(UserError) as error:
         parse(Config, argv.split(), model.problems)
     text = str(error.value)
-    for expected in ("cifar10", "--epochs", "cosine", "--lr fast", "vit_small_patch16_224", "nothing would be learned"):
+    for expected in (
+        "cifar10",
+        "--epochs",
+        "cosine",
+        "--lr fast",
+        "vit_small_patch16_224",
+        "nothing would be learned",
+    ):
         assert expected in text, text
 
 
@@ -130,7 +157,9 @@ def test_a_folder_is_decoded_once_into_upright_rgb(tiny, photos):
     assert len(turned) == 1, "EXIF orientation is applied"
 
 
-def test_unreadable_images_are_skipped_and_counted_until_there_are_too_many(tiny, photos, tmp_path, caplog):
+def test_unreadable_images_are_skipped_and_counted_until_there_are_too_many(
+    tiny, photos, tmp_path, caplog
+):
     import shutil
 
     folder = tmp_path / "photos"
@@ -144,6 +173,40 @@ def test_unreadable_images_are_skipped_and_counted_until_there_are_too_many(tiny
     store = data.open_store(tiny(dataset=str(folder), max_bad=0.1), "train", 32)
     assert "skipped 3" in caplog.text
     assert len(store) == 34 and len(store.info["unreadable"]) == 3
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(buffer := io.BytesIO(), "png")
+    return buffer.getvalue()
+
+
+def test_parquet_files_and_save_to_disk_are_read_and_string_labels_numbered(tiny, tmp_path):
+    columns = dict(photo=[png(i) for i in range(6)], label=["cat", "dog"] * 3, note=["x"] * 6)
+    foreign = datasets.Dataset.from_dict(columns)  # bytes, but no image type
+    (tmp_path / "parquet").mkdir()
+    foreign.to_parquet(tmp_path / "parquet" / "train.parquet")
+    foreign.cast_column("photo", datasets.Image()).save_to_disk(tmp_path / "disk")
+    stores = [
+        data.open_store(tiny(dataset=str(tmp_path / name)), "train", 32)
+        for name in ("parquet", "disk")
+    ]
+    for store in stores:
+        assert store.labels.tolist() == [0, 1] * 3 and store.images.shape == (6, 3, 32, 32)
+    assert (stores[0].images == stores[1].images).all()
+
+
+@pytest.mark.parametrize(
+    "columns, words",
+    [
+        (dict(note=["x"]), "no image column among note: set --image_column"),
+        (dict(left=[png(0)], right=[png(1)]), "2 image columns .left, right."),
+    ],
+)
+def test_data_without_one_image_column_is_refused_by_name(tiny, tmp_path, columns, words):
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "disk")
+    with pytest.raises(UserError, match=words):
+        data.open_store(tiny(dataset=str(tmp_path / "disk")), "train", 32)
 
 
 def test_a_view_is_the_same_whatever_the_batch_and_the_rank():
@@ -218,21 +281,37 @@ def test_an_epoch_is_a_permutation_and_ranks_share_its_batches(tiny):
 def official_dinov2(weights: dict, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the official DINOv2 forward computes for ViT-S/14, written out: (cls, patch tokens)."""
     grid = x.shape[-1] // 14
-    tokens = F.conv2d(x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=14)
+    tokens = F.conv2d(
+        x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=14
+    )
     tokens = tokens.flatten(2).transpose(1, 2)
     registers = weights.get("register_tokens")
     cls_position, table = weights["pos_embed"][:, :1], weights["pos_embed"][:, 1:]
     if grid != 37:
-        how = dict(scale_factor=(grid + 0.1) / 37) if registers is None else dict(size=(grid, grid), antialias=True)
-        table = F.interpolate(table.reshape(1, 37, 37, 384).permute(0, 3, 1, 2), mode="bicubic", **how)
+        how = (
+            dict(scale_factor=(grid + 0.1) / 37)
+            if registers is None
+            else dict(size=(grid, grid), antialias=True)
+        )
+        table = F.interpolate(
+            table.reshape(1, 37, 37, 384).permute(0, 3, 1, 2), mode="bicubic", **how
+        )
         table = table.permute(0, 2, 3, 1).reshape(1, -1, 384)
     tokens = tokens + table
     prefix = [weights["cls_token"] + cls_position] + ([] if registers is None else [registers])
     x = torch.cat([p.expand(len(x), -1, -1) for p in prefix] + [tokens], 1)
     for i in range(12):
-        w = {k.removeprefix(f"blocks.{i}."): v for k, v in weights.items() if k.startswith(f"blocks.{i}.")}
+        w = {
+            k.removeprefix(f"blocks.{i}."): v
+            for k, v in weights.items()
+            if k.startswith(f"blocks.{i}.")
+        }
         y = F.layer_norm(x, (384,), w["norm1.weight"], w["norm1.bias"], 1e-6)
-        q, k, v = F.linear(y, w["attn.qkv.weight"], w["attn.qkv.bias"]).unflatten(2, (3, 6, 64)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            F.linear(y, w["attn.qkv.weight"], w["attn.qkv.bias"])
+            .unflatten(2, (3, 6, 64))
+            .permute(2, 0, 3, 1, 4)
+        )
         y = ((q @ k.mT * 64**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
         x = x + w["ls1.gamma"] * F.linear(y, w["attn.proj.weight"], w["attn.proj.bias"])
         y = F.layer_norm(x, (384,), w["norm2.weight"], w["norm2.bias"], 1e-6)
@@ -247,11 +326,19 @@ def test_dinov2_equals_the_official_code_at_every_size(tmp_path, registers):
     """From a .pth with the official names. Plain timm is off by several percent at these sizes."""
     name = "dinov2_vits14" + "_reg" * registers
     generator = torch.Generator().manual_seed(0)
-    shapes = {k: v.shape for k, v in timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict().items()}
+    shapes = {
+        k: v.shape
+        for k, v in timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+        .state_dict()
+        .items()
+    }
     shapes["mask_token"] = (1, 384)
     if registers:
         shapes["register_tokens"] = (1, 4, 384)
-    given = {k: torch.randn(s, generator=generator) * 0.05 + ("norm" in k and "weight" in k) for k, s in shapes.items()}
+    given = {
+        k: torch.randn(s, generator=generator) * 0.05 + ("norm" in k and "weight" in k)
+        for k, s in shapes.items()
+    }
     given["pos_embed"] *= 10
     torch.save(given, tmp_path / "official.pth")
     for size in (28, 98, 224):
@@ -287,12 +374,17 @@ def test_every_kind_of_student_has_a_cls_and_a_grid(name, size, args, params, gr
 def test_every_model_normalises_by_its_own_constants(monkeypatch):
     images = torch.rand(1, 3, 32, 32)
     constants = dict(
-        resnet18=([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), vit_tiny_patch16_224=([0.5] * 3, [0.5] * 3),
+        resnet18=([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        vit_tiny_patch16_224=([0.5] * 3, [0.5] * 3),
     )
     for name, (mean, std) in constants.items():
         student, seen = model.build_student(name, 32).eval(), []
         inner = student.net.forward_features
-        monkeypatch.setattr(student.net, "forward_features", lambda x, inner=inner, seen=seen: (seen.append(x), inner(x))[1])
+        monkeypatch.setattr(
+            student.net,
+            "forward_features",
+            lambda x, inner=inner, seen=seen: (seen.append(x), inner(x))[1],
+        )
         student(images)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
         assert torch.allclose(seen[0], (images - mean) / std, atol=1e-5)
@@ -310,7 +402,9 @@ def test_pool_mean_is_the_mean_of_the_patches():
 def test_nothing_on_the_teachers_side_gets_a_gradient_or_moves(tiny):
     for head in ("pca", "frozen", "linear", "mlp"):
         teacher, distiller = demo_distiller(head=head)
-        frozen = {k: v.clone() for k, v in [*teacher.state_dict().items(), *distiller.named_buffers()]}
+        frozen = {
+            k: v.clone() for k, v in [*teacher.state_dict().items(), *distiller.named_buffers()]
+        }
         optimiser = torch.optim.AdamW(train.parameter_groups(distiller, 0.1), lr=1e-2)
         for _ in range(3):
             images = torch.rand(4, 3, 32, 32)
@@ -323,7 +417,9 @@ def test_nothing_on_the_teachers_side_gets_a_gradient_or_moves(tiny):
         after = dict([*teacher.state_dict().items(), *distiller.named_buffers()])
         assert same(frozen, after)
         trained_heads = {k for k, p in distiller.named_parameters() if not k.startswith("student.")}
-        assert bool(trained_heads) == (head in ("linear", "mlp")), "fixed heads have no parameters at all"
+        assert bool(trained_heads) == (head in ("linear", "mlp")), (
+            "fixed heads have no parameters at all"
+        )
 
 
 def test_patch_targets_are_resampled_in_space_not_truncated():
@@ -346,14 +442,22 @@ def test_mse_on_unit_vectors_is_the_cosine_loss_shrunk_by_half_the_width():
     assert torch.allclose(mse, 2 * cosine / 64, rtol=1e-4)
     (g,), (h,) = torch.autograd.grad(cosine, student), torch.autograd.grad(mse, student)
     assert torch.allclose(h, g * 2 / 64, rtol=1e-3, atol=1e-8)
-    assert model.cosine_loss(target, target) < 1e-6 and abs(model.cosine_loss(-target, target) - 2) < 1e-6
+    assert (
+        model.cosine_loss(target, target) < 1e-6
+        and abs(model.cosine_loss(-target, target) - 2) < 1e-6
+    )
 
 
-@pytest.mark.parametrize("kind, dims", [("pca", (24, 64)), ("pca", (96, 64)), ("frozen", (24, 64)), ("frozen", (96, 64))])
+@pytest.mark.parametrize(
+    "kind, dims", [("pca", (24, 64)), ("pca", (96, 64)), ("frozen", (24, 64)), ("frozen", (96, 64))]
+)
 def test_fixed_heads_centre_the_targets_and_keep_what_they_can(kind, dims):
     student_dim, teacher_dim = dims
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2000, teacher_dim, generator=generator) * torch.linspace(3, 0.1, teacher_dim) + 5
+    features = (
+        torch.randn(2000, teacher_dim, generator=generator) * torch.linspace(3, 0.1, teacher_dim)
+        + 5
+    )
     head = model.Head(kind, *dims)
     head.fit(features)
     target = head.target(features)
@@ -361,7 +465,9 @@ def test_fixed_heads_centre_the_targets_and_keep_what_they_can(kind, dims):
     centred = features - features.mean(0)
     kept = target.square().sum() / centred.square().sum()
     if student_dim >= teacher_dim:
-        assert torch.allclose(target @ target.T, centred @ centred.T, atol=1e-2), "cosines are those of the teacher"
+        assert torch.allclose(target @ target.T, centred @ centred.T, atol=1e-2), (
+            "cosines are those of the teacher"
+        )
     elif kind == "pca":
         best = torch.linalg.eigvalsh(torch.cov(features.T)).flip(0)
         assert abs(kept - best[:student_dim].sum() / best.sum()) < 1e-4
@@ -389,7 +495,9 @@ def test_weights_and_local_crops_enter_the_loss_as_stated():
     loss, stats = distiller(view, *targets)
     assert torch.allclose(loss, 2 * stats[1] + 0.25 * stats[2])
     _, with_locals = distiller(view, *targets, torch.cat([view, view]))
-    assert torch.allclose(with_locals[1], stats[1], atol=1e-6), "crops equal to the view change nothing"
+    assert torch.allclose(with_locals[1], stats[1], atol=1e-6), (
+        "crops equal to the view change nothing"
+    )
     features = distiller.student(view)
     assert torch.allclose(stats[1], model.cosine_loss(features.cls, targets.cls), atol=1e-6)
 
@@ -415,14 +523,20 @@ def test_no_weight_decay_on_biases_norms_tokens_and_positions():
     _, distiller = demo_distiller(head="linear")
     decayed, plain = train.parameter_groups(distiller, 0.1)
     names = {id(p): n for n, p in distiller.named_parameters()}
-    assert {names[id(p)] for p in plain["params"]} >= {"student.net.pos_embed", "student.net.cls_token", "student.net.norm.bias"}
+    assert {names[id(p)] for p in plain["params"]} >= {
+        "student.net.pos_embed",
+        "student.net.cls_token",
+        "student.net.norm.bias",
+    }
     assert all(p.ndim > 1 for p in decayed["params"]) and plain["weight_decay"] == 0
 
 
 def test_training_teaches(tiny):
     """The cosine to the teacher rises, and k-NN on the student beats k-NN on an untrained one."""
     args = "patch_size=8 embed_dim=64 depth=2 num_heads=4 weight_init=jax"
-    cfg = tiny(max_samples=1024, epochs=6, batch_size=32, student_args=args, lr=3e-3, crop_scale=0.8)
+    cfg = tiny(
+        max_samples=1024, epochs=6, batch_size=32, student_args=args, lr=3e-3, crop_scale=0.8
+    )
     train.main(cfg)
     lines = [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["cos"] < 0.05 and lines[-1]["cos"] > 0.3
@@ -445,9 +559,15 @@ def stop_at(monkeypatch, step: int, number: int) -> None:
     monkeypatch.setattr(data, "jitter", jitter)
 
 
-@pytest.mark.parametrize("step, number", [(3, signal.SIGTERM), (5, signal.SIGINT), (8, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "step, number", [(3, signal.SIGTERM), (5, signal.SIGINT), (8, signal.SIGTERM)]
+)
 def test_continued_run_equals_uninterrupted_run(tiny, tmp_path, monkeypatch, step, number):
-    changes = dict(student_args="embed_dim=48 depth=2 num_heads=2 drop_path_rate=0.2", local_crops=1, local_size=16)
+    changes = dict(
+        student_args="embed_dim=48 depth=2 num_heads=2 drop_path_rate=0.2",
+        local_crops=1,
+        local_size=16,
+    )
     straight = tiny(run_dir=str(tmp_path / "straight"), **changes)
     train.main(straight)
     cfg = tiny(**changes)
@@ -462,16 +582,31 @@ def test_continued_run_equals_uninterrupted_run(tiny, tmp_path, monkeypatch, ste
 
 
 def test_the_run_folder_holds_what_it_should(tiny):
-    cfg = tiny(save_every=1, samples_per_epoch=40, student="resnet18", student_args="", pool="mean", head="linear")
+    cfg = tiny(
+        save_every=1,
+        samples_per_epoch=40,
+        student="resnet18",
+        student_args="",
+        pool="mean",
+        head="linear",
+    )
     train.main(cfg)
     names = {p.name for p in cfg.run_path.iterdir()}
     assert names == {
-        "config.json", "train.log", "metrics.jsonl", "views.png", "student.safetensors",
-        "checkpoint_latest.pth", "checkpoint_epoch_1.pth", "checkpoint_epoch_2.pth",
+        "config.json",
+        "train.log",
+        "metrics.jsonl",
+        "views.png",
+        "student.safetensors",
+        "checkpoint_latest.pth",
+        "checkpoint_epoch_1.pth",
+        "checkpoint_epoch_2.pth",
     }
     assert Config(**json.loads((cfg.run_path / "config.json").read_text())) == cfg
     lines = [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4] and {"loss", "cos", "spread", "lr"} <= lines[0].keys()
+    assert [line["step"] for line in lines] == [2, 4] and {"loss", "cos", "spread", "lr"} <= lines[
+        0
+    ].keys()
     # The exported student is a plain timm model.
     with safetensors.safe_open(cfg.run_path / "student.safetensors", "pt") as file:
         assert file.metadata()["model"] == "resnet18"
@@ -484,7 +619,9 @@ def test_resume_with_other_settings_is_refused_and_no_resume_keeps_the_old_run(t
     train.main(cfg)
     with pytest.raises(UserError) as error:
         train.main(dataclasses.replace(cfg, lr=1.0, loss="mse"))
-    assert "lr: saved 0.002, asked 1.0" in str(error.value) and "loss: saved 'cosine'" in str(error.value)
+    assert "lr: saved 0.002, asked 1.0" in str(error.value) and "loss: saved 'cosine'" in str(
+        error.value
+    )
     train.main(dataclasses.replace(cfg, epochs=2))  # more of the same is fine
     train.main(dataclasses.replace(cfg, lr=1.0, resume=False))
     old = [p for p in cfg.run_path.parent.iterdir() if ".old-" in p.name]
@@ -498,7 +635,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
 
     def breaks(student, target):
         calls.append(1)
-        return inner(student, target) * (float("nan") if len(calls) > 14 else 1)  # two a step: in epoch 2
+        return inner(student, target) * (
+            float("nan") if len(calls) > 14 else 1
+        )  # two a step: in epoch 2
 
     monkeypatch.setitem(model.LOSSES, "cosine", breaks)
     with pytest.raises(UserError, match="between steps 6 and 8"):
@@ -507,9 +646,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     assert kept["step"] == 5 and all(v.isfinite().all() for v in kept["student"].values())
 
 
-@pytest.mark.parametrize("changes", [dict(precision="bf16"), dict(loss="smooth_l1", head="mlp"), dict(loss="mse", head="frozen")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(precision="bf16"),
+        dict(precision="fp16"),
+        dict(loss="smooth_l1", head="mlp"),
+        dict(loss="mse", head="frozen"),
+    ],
+)
 def test_precisions_losses_and_heads_train(tiny, changes):
-    assert train.main(tiny(**changes))["step"] == 10
+    cfg = tiny(**changes)
+    assert train.main(cfg)["step"] == 10
+    saved = torch.load(cfg.run_path / "checkpoint_latest.pth", weights_only=True)
+    assert bool(saved["scaler"]) == (cfg.precision == "fp16"), "fp16 saves its loss scale"
 
 
 def test_a_data_set_smaller_than_a_batch_is_refused(tiny):
@@ -536,7 +686,9 @@ def test_knn_predicts_what_scikit_learn_predicts(features, k):
     reference = neighbors.KNeighborsClassifier(
         min(k, len(x)), metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
     ).fit(x.double(), y)
-    assert (evaluation.knn_predict(x, y, q, k).numpy() == reference.predict(q.double())).mean() > 0.996
+    assert (
+        evaluation.knn_predict(x, y, q, k).numpy() == reference.predict(q.double())
+    ).mean() > 0.996
 
 
 @pytest.mark.parametrize("C", [1e-3, 1.0, 100.0])
@@ -558,7 +710,10 @@ def test_the_probe_chooses_its_strength_without_the_test_split(features):
 
 def test_effective_rank_counts_directions():
     generator = torch.Generator().manual_seed(0)
-    low = torch.randn(5000, 4, generator=generator) @ torch.linalg.qr(torch.randn(32, 4, generator=generator)).Q.T
+    low = (
+        torch.randn(5000, 4, generator=generator)
+        @ torch.linalg.qr(torch.randn(32, 4, generator=generator)).Q.T
+    )
     assert abs(evaluation.effective_rank(low) - 4) < 0.05
     assert abs(evaluation.effective_rank(torch.randn(50_000, 32, generator=generator)) - 32) < 0.1
 
@@ -569,11 +724,25 @@ def test_several_checkpoints_give_a_row_each_and_need_nothing_but_themselves(tin
     files = tuple(str(cfg.run_path / f"checkpoint_epoch_{n}.pth") for n in (1, 2))
     out = tmp_path / "features.safetensors"
     rows = evaluation.main(EvalConfig(files, max_test=100, save_features=str(out), device="cpu"))
-    assert [r["model"].split()[0] for r in rows] == ["teacher", "raw", "random", "student,", "student,"]
+    assert [r["model"].split()[0] for r in rows] == [
+        "teacher",
+        "raw",
+        "random",
+        "student,",
+        "student,",
+    ]
     assert json.loads((cfg.run_path / "eval.json").read_text()) == rows
     assert all(0 <= r["linear"] <= 1 and -1 <= r["cos"] <= 1 for r in rows[3:])
     saved = safetensors.torch.load_file(out)
     assert saved["train_features"].shape == (80, 48) and len(saved["test_labels"]) == 100
+
+
+def test_a_checkpoint_can_be_judged_on_other_data(tiny, photos):
+    cfg = tiny(epochs=1)
+    train.main(cfg)
+    latest = str(cfg.run_path / "checkpoint_latest.pth")
+    rows = evaluation.main(EvalConfig((latest,), dataset=str(photos), device="cpu"))
+    assert rows[-1]["knn20"] == round(rows[-1]["knn20"] * 8) / 8, "eight test images"
 
 
 def test_without_labels_the_rest_of_the_evaluation_runs(tiny, tmp_path, capsys):

@@ -137,18 +137,9 @@ def main(cfg: Config) -> dict:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     run, latest, saved = cfg.run_path, cfg.run_path / "checkpoint_latest.pth", None
-    if not cfg.resume and run.exists() and rank == 0:
-        run.rename(f"{run}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-    if world > 1:
-        dist.barrier()
     if cfg.resume and latest.exists():
         saved, saved_cfg = evaluation.read_checkpoint(latest)
         check_resumable(cfg, saved_cfg)
-    run.mkdir(parents=True, exist_ok=True)
-    open_log(run, rank)
-    log.info(f"python {platform.python_version()}, torch {torch.__version__}, timm "
-             f"{timm.__version__}, {device.type} x {world}, {str(dtype).split('.')[1]}")
-    log.info(" ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(cfg).items()))
 
     # ---------------------------------------------------------------- what
     size_limit = max(cfg.teacher_size, cfg.student_size)
@@ -159,6 +150,16 @@ def main(cfg: Config) -> dict:
     if steps_per_epoch == 0:
         raise UserError(f"an epoch has {samples} images, fewer than --batch_size {cfg.batch_size}")
     teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights).to(device)
+    # Only now, with data and teacher at hand, is anything written that belongs to the run.
+    if not cfg.resume and run.exists() and rank == 0:
+        run.rename(f"{run}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    if world > 1:
+        dist.barrier()
+    run.mkdir(parents=True, exist_ok=True)
+    open_log(run, rank)
+    log.info(f"python {platform.python_version()}, torch {torch.__version__}, timm "
+             f"{timm.__version__}, {device.type} x {world}, {str(dtype).split('.')[1]}")
+    log.info(" ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(cfg).items()))
     student = evaluation.student_of(cfg).train()
     distiller = models.Distiller(student, teacher, cfg).to(device)
     groups = parameter_groups(distiller, cfg.weight_decay)

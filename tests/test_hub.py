@@ -17,20 +17,30 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(
-    not (SHARED / "hub" / "serve.py").exists(), reason="needs ../shared/hub, a loopback Hub with CIFAR-10"
+    not (SHARED / "hub" / "serve.py").exists(),
+    reason="needs ../shared/hub, a loopback Hub with CIFAR-10",
 )
-SMALL = "--student vit_tiny_patch16_224 --student_args depth=1 --teacher_size 28 --student_size 32".split()
+SMALL = (
+    "--student vit_tiny_patch16_224 --student_args depth=1 --teacher_size 28 --student_size 32"
+).split()
 
 
 def environment(tmp_path: Path, endpoint: str) -> dict:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return dict(clean, HF_ENDPOINT=endpoint, HF_HUB_DISABLE_XET="1", HF_HOME=str(tmp_path / "hf"), CI="1")
+    return dict(
+        clean, HF_ENDPOINT=endpoint, HF_HUB_DISABLE_XET="1", HF_HOME=str(tmp_path / "hf"), CI="1"
+    )
 
 
 def call(tmp_path: Path, endpoint: str, *command: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / command[0]), *command[1:]]
     return subprocess.run(
-        command, cwd=tmp_path, env=environment(tmp_path, endpoint), capture_output=True, text=True, timeout=400
+        command,
+        cwd=tmp_path,
+        env=environment(tmp_path, endpoint),
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
 
 
@@ -51,19 +61,38 @@ def test_the_default_path_downloads_trains_and_evaluates(tmp_path):
     make = [sys.executable, str(SHARED / "fixtures" / "make_dinov2.py"), "dinov2_vits14"]
     subprocess.run([*make, str(weights / "model.safetensors")], check=True)
     with hub("--repo", f"models/timm/vit_small_patch14_dinov2.lvd142m={weights}") as endpoint:
-        flags = "--dataset cifar10 --teacher dinov2_vits14 --samples_per_epoch 64 --batch_size 32 --epochs 1"
+        flags = (
+            "--dataset cifar10 --teacher dinov2_vits14 --samples_per_epoch 64 --batch_size 32 "
+            "--epochs 1"
+        )
         trained = call(tmp_path, endpoint, "train.py", *flags.split(), *SMALL)
         assert trained.returncode == 0, trained.stderr[-3000:]
-        checkpoint = tmp_path / "runs" / "cifar10-dinov2_vits14-vit_tiny_patch16_224" / "checkpoint_latest.pth"
+        checkpoint = (
+            tmp_path
+            / "runs"
+            / "cifar10-dinov2_vits14-vit_tiny_patch16_224"
+            / "checkpoint_latest.pth"
+        )
         assert "50000 images, 32 px" in trained.stdout and checkpoint.exists()
-        judged = call(tmp_path, endpoint, "eval.py", str(checkpoint), "--max_train", "300", "--max_test", "100")
+        judged = call(
+            tmp_path,
+            endpoint,
+            "eval.py",
+            str(checkpoint),
+            "--max_train",
+            "300",
+            "--max_test",
+            "100",
+        )
         assert judged.returncode == 0, judged.stderr[-3000:]
         rows = json.loads((checkpoint.parent / "eval.json").read_text())
         assert rows[0]["model"] == "teacher dinov2_vits14" and "linear" in rows[-1]
         wrong = call(tmp_path, endpoint, "train.py", "--dataset", "uoft-cs/cifar11", *SMALL)
         assert wrong.returncode == 2 and "the name may be wrong or private" in wrong.stderr
     # What was downloaded serves without the Hub.
-    again = call(tmp_path, "http://127.0.0.1:9", "train.py", *flags.split(), *SMALL, "--run_dir", "offline")
+    again = call(
+        tmp_path, "http://127.0.0.1:9", "train.py", *flags.split(), *SMALL, "--run_dir", "offline"
+    )
     assert again.returncode == 0, again.stderr[-3000:]
 
 
@@ -75,6 +104,11 @@ def test_without_a_hub_the_message_comes_within_seconds_and_says_what_to_do(tmp_
     failed = call(tmp_path, "http://127.0.0.1:9", "train.py", "--dataset", dataset, *teacher)
     assert time.time() - begin < 60 and failed.returncode == 2
     asked = "uoft-cs/cifar10" if missing == "dataset" else "vit_base_patch14_dinov2"
-    for words in (asked, "does not answer", "--preset demo", "--dataset DIR" if missing == "dataset" else "--teacher_weights FILE"):
+    for words in (
+        asked,
+        "does not answer",
+        "--preset demo",
+        "--dataset DIR" if missing == "dataset" else "--teacher_weights FILE",
+    ):
         assert words in failed.stderr, failed.stderr
     assert "Traceback" not in failed.stderr

@@ -13,7 +13,9 @@ import model
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 
 
-@pytest.mark.skipif(not FIXTURES.exists(), reason="needs ../shared/fixtures, outputs of the official code")
+@pytest.mark.skipif(
+    not FIXTURES.exists(), reason="needs ../shared/fixtures, outputs of the official code"
+)
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_features_equal_the_recorded_ones(tmp_path, which, suffix):
@@ -31,8 +33,10 @@ def test_features_equal_the_recorded_ones(tmp_path, which, suffix):
             cls, patches = teacher(images)
         assert patches.shape[1] == case["num_patches"]
         for got, expected in (
-            (cls[0], "cls_first8"), (patches[0, 0], "patch0_first8"),
-            (patches[0, -1], "patch_last_first8"), (patches[0].mean(0), "patch_mean_first8"),
+            (cls[0], "cls_first8"),
+            (patches[0, 0], "patch0_first8"),
+            (patches[0, -1], "patch_last_first8"),
+            (patches[0].mean(0), "patch_mean_first8"),
         ):
             assert (got[:8] - torch.tensor(case[expected])).abs().max() < 1e-5
         assert abs(cls.norm() - case["cls_norm"]) < 1e-4

@@ -11,9 +11,10 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 TINY = (
-    "--dataset shapes --teacher demo --teacher_size 32 --student vit_tiny_patch16_224 --student_size 32 "
-    "--student_args embed_dim=48,depth=2,num_heads=2 --batch_size 16 --max_samples 64 --precision fp32 "
-    "--device cpu --log_every 1 --head linear --local_crops 1 --local_size 16 --num_workers 0"
+    "--dataset shapes --teacher demo --teacher_size 32 --student vit_tiny_patch16_224 "
+    "--student_size 32 --student_args embed_dim=48,depth=2,num_heads=2 --batch_size 16 "
+    "--max_samples 64 --precision fp32 --device cpu --log_every 1 --head linear "
+    "--local_crops 1 --local_size 16 --num_workers 0"
 ).split()
 
 
@@ -42,7 +43,9 @@ def test_two_ranks_give_the_losses_of_one_and_resume(tmp_path):
     assert [m["step"] for m in one] == [m["step"] for m in two] == list(range(1, 9))
     for key in ("loss", "cls", "patch", "cos", "norm"):
         assert all(abs(a[key] - b[key]) < 1e-3 for a, b in zip(one, two, strict=True)), key
-    a, b = (torch.load(tmp_path / n / "checkpoint_latest.pth")["student"] for n in ("one", "straight"))
+    a, b = (
+        torch.load(tmp_path / n / "checkpoint_latest.pth")["student"] for n in ("one", "straight")
+    )
     assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
 
 
@@ -53,14 +56,20 @@ def test_compiled_runs_keep_plain_names_and_nearly_the_losses(tmp_path):
     assert plain.returncode == compiled.returncode == 0, compiled.stderr[-2000:]
     off, on = metrics(tmp_path / "off"), metrics(tmp_path / "on")
     assert all(abs(a["loss"] - b["loss"]) < 1e-2 for a, b in zip(off, on, strict=True))
-    a, b = (torch.load(tmp_path / n / "checkpoint_latest.pth")["student"].keys() for n in ("off", "on"))
+    a, b = (
+        torch.load(tmp_path / n / "checkpoint_latest.pth")["student"].keys() for n in ("off", "on")
+    )
     assert a == b
 
 
 @pytest.mark.parametrize("command", ["train.py --epoch 3 --loss cosin", "eval.py nowhere.pth"])
 def test_mistakes_end_with_a_message_and_status_2(command):
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error:") and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error:") and "Traceback" not in done.stderr
+    )
 
 
 def test_an_indivisible_batch_is_refused(tmp_path):
