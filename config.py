@@ -76,6 +76,8 @@ class Config:
     teacher: str = option("dinov2_vitb14", "dinov2_vit{s,b,l,g}14[_reg], demo, or any timm model")
     teacher_weights: str = option("", "local .pth or .safetensors; empty = from the Hub")
     teacher_size: int = option(224, "pixels the teacher sees; a multiple of its patch", low=8)
+    teacher_views: int = option(4, "views of each image to ask the teacher about; later epochs "
+                                "read its stored answers; 0 = ask at every step", low=0)
 
     # student
     student: str = option("vit_small_patch16_224", "any timm model; starts from random weights")

@@ -13,6 +13,8 @@ import hashlib
 import io
 import json
 import logging
+import math
+import os
 import re
 import shutil
 import warnings
@@ -355,11 +357,80 @@ def loader(store: Store, order: np.ndarray, batch_size: int, first: int = 0, ran
            world: int = 1, workers: int = 0, pin: bool = False) -> DataLoader:
     """Batches `first`, `first + 1`, ... of `order`, this rank's share of each.
 
-    The last, incomplete batch is left out. Yields (uint8 [B / world, 3, S, S], int64 [B / world]).
+    The last is filled up from the front. Yields (uint8 [B / world, 3, S, S], int64 [B / world]).
     """
-    full = order[: len(order) // batch_size * batch_size].reshape(-1, world, batch_size // world)
+    full = np.resize(order, -(-len(order) // batch_size) * batch_size)
+    full = full.reshape(-1, world, batch_size // world)
     return DataLoader(_Rows(store), batch_sampler=list(full[first:, rank]), num_workers=workers,
                       collate_fn=_same, pin_memory=pin)
+
+
+# ---------------------------------------------------------------------------- teacher bank
+
+
+class Bank:
+    """What the teacher said of each view of each image: asked once, read ever after.
+
+    A folder of memory maps: `tokens int8 [V, N, T, K]`, T the CLS and the patches, with a `scale
+    float16 [V, N, T]`, and `done uint8 [V, N]`, set after its row, so that a torn row is asked
+    again. It keeps *targets*: features behind the heads' fixed maps, at the student's width and on
+    its grid. That is the smallest form (a ViT-B/14 at 224 px says 257 x 768 numbers, a ViT-S/16 at
+    96 px needs 37 x 384 of them), and costs that a run with another head, width, grid or crop_scale
+    needs a bank of its own. All processes of one machine share it.
+    """
+
+    def __init__(self, path: Path, views: int, images: int, tokens: int, width: int):
+        """Open the bank in `path`, or reserve its disk space. Raises UserError if that is short."""
+        self.path, shape = path, (views, images)
+        kinds = dict(tokens=("i1", (*shape, tokens, width)), scale=("f2", (*shape, tokens)),
+                     done=("u1", shape))
+        self.bytes = {n: np.dtype(kind).itemsize * math.prod(s) for n, (kind, s) in kinds.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                self._reserve(views)
+        for name, (kind, size) in kinds.items():
+            setattr(self, name, np.memmap(path / name, kind, "r+", shape=size))
+
+    def _reserve(self, views: int) -> None:
+        need, free = sum(self.bytes.values()), shutil.disk_usage(self.path.parent).free
+        log.info(f"teacher bank: {views} views in {need / 1e9:.2f} GB at {self.path}")
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        if need > free:
+            fit = int(free / (need / views))
+            raise UserError(f"the teacher bank needs {need / 1e9:.1f} GB in {self.path.parent}; "
+                            f"{free / 1e9:.1f} GB are free: --teacher_views {fit} "
+                            f"{'fits' if fit else 'needs none'}, or choose another --cache_dir")
+        temporary.mkdir()
+        for name, size in self.bytes.items():
+            with open(temporary / name, "wb") as file:
+                os.truncate(file.fileno(), size)
+                if hasattr(os, "posix_fallocate"):  # else a full disk breaks a later write
+                    os.posix_fallocate(file.fileno(), 0, size)
+        temporary.rename(self.path)
+
+    def missing(self, view: int, index: Tensor) -> Tensor:
+        """Which of the batch's images the teacher must still be asked about: int64 [<= B]."""
+        return torch.from_numpy(np.flatnonzero(self.done[view, index.numpy()] == 0))
+
+    def write(self, view: int, index: Tensor, targets: Tensor) -> None:
+        """Store targets float32 [B, T, K], a scale for each token. Cosines keep to 0.9995."""
+        scale = (targets.abs().amax(-1) / 127).clamp_min(1e-6).half()
+        tokens = (targets / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
+        rows = index.numpy()
+        self.tokens[view, rows], self.scale[view, rows] = tokens.cpu().numpy(), scale.cpu().numpy()
+        self.done[view, rows] = 1  # last: until here the row does not count
+
+    def read(self, view: int, index: Tensor, device) -> Tensor:
+        """Targets float32 [B, T, K] on the device."""
+        rows = index.numpy()
+        tokens, scale = (torch.from_numpy(part[view, rows]) for part in (self.tokens, self.scale))
+        tokens, scale = (part.to(device, non_blocking=True) for part in (tokens, scale))
+        return tokens.float() * scale.float()[..., None]
+
+    def complete(self) -> bool:
+        return bool(self.done.all())
 
 
 # ---------------------------------------------------------------------------- views
@@ -460,21 +531,17 @@ def jitter(images: Tensor, seed: int, epoch: int, index: Tensor, strength: float
     return (matrix @ pixels + offset @ pixels.mean(2, keepdim=True)).clamp(0, 1).view_as(images)
 
 
-def views(images: Tensor, index: Tensor, cfg, epoch: int):
-    """What teacher and student see of a batch in an epoch.
+def student_views(images: Tensor, index: Tensor, box: Tensor, cfg, epoch: int):
+    """What the student sees of a batch in an epoch.
 
-    images: uint8 [B, 3, S, S], index: int64 [B]. Returns float32 in [0, 1]: the teacher's view
-    [B, 3, teacher_size, teacher_size], the same view in other colours at the student's size, and
-    the local crops inside it [local_crops * B, 3, local_size, local_size] or None.
+    images: uint8 [B, 3, S, S], index: int64 [B], box: the view [B, 4]. Returns, float32 in [0, 1],
+    the view in other colours [B, 3, student_size, student_size], and the local crops inside it
+    [local_crops * B, 3, local_size, local_size] or None.
     """
-    box, each = view(cfg.seed, epoch, index, (cfg.crop_scale, 1.0)), 1 + cfg.local_crops
-    teacher = student = render(images, box, cfg.teacher_size)
-    if cfg.student_size != cfg.teacher_size:
-        student = render(images, box, cfg.student_size)
-    student = jitter(student, cfg.seed, epoch * each, index, cfg.jitter)
-    local = []
+    each, local = 1 + cfg.local_crops, []
+    whole = jitter(render(images, box, cfg.student_size), cfg.seed, epoch * each, index, cfg.jitter)
     for number in range(epoch * each + 1, (epoch + 1) * each):
         part = inside(box, view(cfg.seed, number, index, LOCAL_SCALE, LOCAL))
         crop = render(images, part, cfg.local_size)
         local.append(jitter(crop, cfg.seed, number, index, cfg.jitter))
-    return teacher, student, torch.cat(local) if local else None
+    return whole, torch.cat(local) if local else None

@@ -13,6 +13,7 @@ line of PHI-S (Ranzinger et al. 2024), learned heads in that of Proteus and UNIC
 
 import ast
 import functools
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -317,10 +318,10 @@ class Head(nn.Module):
 class Distiller(nn.Module):
     """Student, heads and loss as one module.
 
-    forward: student_images [B, 3, S, S], targets cls [B, K] and patches [B, N, K] from `targets`,
-    local_images [L * B, 3, s, s] or None (crops of the same images, one block of B after another)
-    -> (loss, stats [6]): the scalar to minimise, and loss, cls loss, patch loss, teacher-student
-    cosine, and the spread (mean pairwise cosine over the batch) of student and of targets.
+    forward: student_images [B, 3, S, S], what `targets` returned [B, 1 + N, K], and local_images
+    [L * B, 3, s, s] or None (crops of the same images, one block of B after another) -> (loss,
+    stats [6]): the scalar to minimise, and loss, cls loss, patch loss, teacher-student cosine, and
+    the spread (mean pairwise cosine over the batch) of student and of targets.
     """
 
     STATS = ("loss", "cls", "patch", "cos", "spread", "target_spread")
@@ -347,12 +348,14 @@ class Distiller(nn.Module):
         self.cls_head.fit(torch.cat(cls))
         self.patch_head.fit(torch.cat(tokens))
 
-    def targets(self, features: Features) -> Features:
-        """The teacher's Features -> float32 targets cls [B, K], patches [B, N, K] on our grid."""
+    def targets(self, features: Features) -> Tensor:
+        """The teacher's Features -> float32 targets [B, 1 + N, K] on our grid, the CLS first."""
         patches = resample_patches(features.patches, self.teacher_grid, self.grid)
-        return Features(self.cls_head.target(features.cls), self.patch_head.target(patches))
+        targets = self.cls_head.target(features.cls)[:, None], self.patch_head.target(patches)
+        return torch.cat(targets, 1)
 
-    def forward(self, student_images, cls_target, patch_target, local_images=None):
+    def forward(self, student_images, targets, local_images=None):
+        cls_target, patch_target = targets[:, 0], targets[:, 1:]
         features = self.student(student_images)
         cls = self.cls_head.predict(features.cls)
         cls_loss = self.distance(cls, cls_target)
@@ -367,6 +370,17 @@ class Distiller(nn.Module):
             cos = F.cosine_similarity(cls.float(), cls_target.float(), dim=-1).mean()
             stats = torch.stack([loss, cls_loss, patch_loss, cos, spread(cls), spread(cls_target)])
         return loss, stats
+
+
+def fingerprint(*parts) -> str:
+    """A name for what determines a teacher's targets: modules, tensors, values with a repr."""
+    digest = hashlib.sha256()
+    for part in parts:
+        tensors = part.state_dict().values() if isinstance(part, nn.Module) else [part]
+        for value in tensors:
+            tensor = isinstance(value, Tensor)
+            digest.update(value.cpu().numpy().tobytes() if tensor else repr(value).encode())
+    return digest.hexdigest()[:16]
 
 
 def spread(embeddings: Tensor) -> Tensor:

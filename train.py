@@ -99,11 +99,11 @@ def check_resumable(cfg: Config, saved: Config) -> None:
                         "Choose another --run_dir, or --no_resume to move that run aside.")
 
 
-def save_views(path: Path, images, teacher_view, student_view, count: int = 8) -> None:
+def save_views(path: Path, images, teacher_view, student_view) -> None:
     """What the first batch looked like, a row each: source, teacher's view, student's view."""
     size = max(128, teacher_view.shape[-1], student_view.shape[-1])
-    rows = [data.render(images[:count], None, size)]
-    rows += [F.interpolate(view[:count], size=size) for view in (teacher_view, student_view)]
+    rows = [data.render(images, None, size)]
+    rows += [F.interpolate(view, size=size) for view in (teacher_view, student_view)]
     torchvision.utils.save_image(torch.cat(rows), path, nrow=len(rows[0]), pad_value=1)
 
 
@@ -145,9 +145,9 @@ def main(cfg: Config) -> dict:
     size_limit = max(cfg.teacher_size, cfg.student_size)
     store = data.open_store(cfg, cfg.train_split, size_limit, cfg.max_samples)
     samples = min(cfg.samples_per_epoch or len(store), len(store))
-    steps_per_epoch = samples // cfg.batch_size
+    steps_per_epoch = -(-samples // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch
-    if steps_per_epoch == 0:
+    if samples < cfg.batch_size:
         raise UserError(f"an epoch has {samples} images, fewer than --batch_size {cfg.batch_size}")
     teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights).to(device)
     # Only now, with data and teacher at hand, is anything written that belongs to the run.
@@ -183,9 +183,22 @@ def main(cfg: Config) -> dict:
             yield images, index
             begin = time.time()
 
-    def ask_teacher(views):
+    def ask_teacher(images, box):
         with torch.inference_mode(), autocast:
-            return teacher(views)
+            return teacher(data.render(images, box, cfg.teacher_size))
+
+    def view_of(number, index):
+        return data.view(cfg.seed, number, index, (cfg.crop_scale, 1.0))
+
+    def targets_of(images, index, box, number):
+        """Targets [B, T, K] of a view: out of the bank, where it has them."""
+        if bank is None:
+            return distiller.targets(ask_teacher(images, box))
+        rows = bank.missing(number, index)
+        if len(rows):
+            fresh = ask_teacher(images[rows.to(device, non_blocking=True)], box[rows])
+            bank.write(number, index[rows], distiller.targets(fresh))
+        return bank.read(number, index, device)  # also what was just written: a rerun is the same
 
     # ---------------------------------------------------------------- from where
     step, metrics = 0, {}
@@ -198,16 +211,23 @@ def main(cfg: Config) -> dict:
         log.info(f"continuing {latest} at step {step} of {total_steps}")
     elif rank == 0:  # the others receive the result when DDP wraps the module
         size = min(64, len(store))
-        first = batches(0, min(STAT_IMAGES, len(store)), size)
-        views = (data.views(images, index, cfg, epoch=0)[0] for images, index in first)
         total = min(STAT_IMAGES, len(store)) // size
-        views = tqdm(views, "measuring the teacher", total, leave=False, disable=None)
-        distiller.fit_heads(ask_teacher(view) for view in views)
+        first = batches(0, total * size, size)
+        first = tqdm(first, "measuring the teacher", total, leave=False, disable=None)
+        distiller.fit_heads(ask_teacher(images, view_of(0, index)) for images, index in first)
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
         distiller.compile()  # in place, so that state-dict keys stay plain
     module = distiller
     if world > 1:  # static_graph: conv nets may have layers that forward_features does not use
         module = DistributedDataParallel(distiller, static_graph=True)
+
+    bank = None
+    if 0 < cfg.teacher_views < cfg.epochs:
+        heads = *distiller.cls_head.buffers(), *distiller.patch_head.buffers()
+        key = models.fingerprint(teacher, *heads, store.path.name, dtype, student.grid, cfg.seed,
+                                 cfg.teacher_views, cfg.teacher_size, cfg.crop_scale)
+        shape = 1 + math.prod(student.grid), distiller.cls_head.out_dim
+        bank = data.Bank(Path(cfg.cache_dir) / "banks" / key, cfg.teacher_views, len(store), *shape)
 
     def save(*paths: Path) -> None:
         state = dict(
@@ -238,11 +258,17 @@ def main(cfg: Config) -> dict:
     with progress, logging_redirect_tqdm([log]):
         for epoch in range(step // steps_per_epoch, cfg.epochs):
             first = step - epoch * steps_per_epoch
+            number = epoch % cfg.teacher_views if bank else epoch  # of the view
+            if bank and teacher and bank.complete():
+                teacher = None  # it has said everything
+                log.info(f"epoch {epoch + 1}: the bank is complete, the teacher is dropped")
             for images, index in batches(epoch, samples, cfg.batch_size, first, rank, world):
-                teacher_view, student_view, local_views = data.views(images, index, cfg, epoch)
+                box = view_of(number, index)
+                targets = targets_of(images, index, box, number)
+                student_view, local_views = data.student_views(images, index, box, cfg, epoch)
                 if step == rank == 0:
-                    save_views(run / "views.png", images, teacher_view, student_view)
-                targets = distiller.targets(ask_teacher(teacher_view))
+                    teacher_view = data.render(images[:8], box[:8], cfg.teacher_size)
+                    save_views(run / "views.png", images[:8], teacher_view, student_view[:8])
 
                 lr = learning_rate(step, steps_per_epoch, cfg)
                 for group in optimiser.param_groups:
@@ -250,7 +276,7 @@ def main(cfg: Config) -> dict:
                 # Dropout and drop path, if any, follow from the step: a resumed run repeats them.
                 torch.manual_seed((cfg.seed * total_steps + step) * world + rank)
                 with autocast:
-                    loss, stats = module(student_view, *targets, local_views)
+                    loss, stats = module(student_view, targets, local_views)
                 optimiser.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimiser)
@@ -284,7 +310,8 @@ def main(cfg: Config) -> dict:
                 eta = (total_steps - step) * seconds / (step - logged)
                 logged, since, waited = step, time.time(), 0.0
                 log.info(log_line(metrics, epoch, cfg.epochs, eta))
-                if metrics["spread"] > COLLAPSED and metrics["target_spread"] < DIVERSE:
+                alike = metrics["spread"] > COLLAPSED and metrics["target_spread"] < DIVERSE
+                if alike and step > total_steps / 5:  # before, it has only just begun
                     log.warning("the student says nearly the same of every image: a collapse. "
                                 "Try a lower --lr, --head pca, or a longer --warmup_epochs")
                 if rank == 0:
