@@ -13,6 +13,7 @@ Writes into the run folder: config.json, train.log, metrics.jsonl, views.png, ch
 checkpoint_epoch_N.pth, and at the end student.safetensors, which plain timm loads.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -87,6 +88,34 @@ def open_log(run: Path, rank: int) -> None:
     for handler in (logging.StreamHandler(sys.stdout), *files):
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
+
+
+def forget_after(step: int, path: Path) -> None:
+    """Drop the lines of metrics.jsonl that a continued run will write again, and a torn one."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    path.write_text("".join(kept))
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect the first SIGINT or SIGTERM instead of dying of it; a second one stops at once."""
+    received = []
+
+    def on_signal(number, frame):
+        received.append(number)
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    previous = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def check_resumable(cfg: Config, saved: Config) -> None:
@@ -240,22 +269,13 @@ def main(cfg: Config) -> dict:
 
     if rank == 0:
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-        lines = (run / "metrics.jsonl").read_text().splitlines() if saved else []
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-        (run / "metrics.jsonl").write_text("".join(kept))
-    signals = []  # those that asked us to stop
-
-    def on_signal(number, frame):
-        signals.append(number)
-        for each in previous:
-            signal.signal(each, signal.SIG_DFL)  # a second one stops at once
+        forget_after(step, run / "metrics.jsonl")
 
     # ---------------------------------------------------------------- the loop
     sums = torch.zeros(len(models.Distiller.STATS) + 2, device=device)  # + norm, + asked to stop
     logged, since, last_save, waited = step, time.time(), time.time(), 0.0
-    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     progress = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0 or None)
-    with progress, logging_redirect_tqdm([log]):
+    with progress, logging_redirect_tqdm([log]), stop_signals() as signals:
         for epoch in range(step // steps_per_epoch, cfg.epochs):
             first = step - epoch * steps_per_epoch
             number = epoch % cfg.teacher_views if bank else epoch  # of the view
@@ -274,7 +294,7 @@ def main(cfg: Config) -> dict:
                 for group in optimiser.param_groups:
                     group["lr"] = lr
                 # Dropout and drop path, if any, follow from the step: a resumed run repeats them.
-                torch.manual_seed((cfg.seed * total_steps + step) * world + rank)
+                torch.manual_seed(cfg.seed * 2**32 + step * world + rank)
                 with autocast:
                     loss, stats = module(student_view, targets, local_views)
                 optimiser.zero_grad(set_to_none=True)
@@ -331,8 +351,6 @@ def main(cfg: Config) -> dict:
                 if stopping:
                     log.info(f"stopped after step {step}/{total_steps}; the same command goes on")
                     raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    for number, handler in previous.items():
-        signal.signal(number, handler)
 
     # ---------------------------------------------------------------- take it away
     if rank == 0:
