@@ -96,16 +96,18 @@ def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> Tenso
     return torch.cat(predictions)
 
 
-def fit_probe(x: Tensor, y: Tensor, classes: int, C: float, start: Tensor | None = None) -> Tensor:
+def fit_probe(x: Tensor, y: Tensor, classes: int, C: float, start: Tensor | None = None,
+              tolerance: float = 1e-5) -> Tensor:
     """Multinomial logistic regression: weights and bias float64 [D + 1, classes], the bias last.
 
     x: float64 [N, D], standardised. Minimises mean cross-entropy + |W|^2 / (2 C N), bias free:
-    scikit-learn's LogisticRegression(C), by full-batch L-BFGS. start: weights to begin from.
+    scikit-learn's LogisticRegression(C), by full-batch L-BFGS, until no entry of the gradient is
+    above tolerance. start: weights to begin from.
     """
     w = torch.zeros(x.shape[1] + 1, classes).to(x) if start is None else start.clone()
     w.requires_grad_()
     optimiser = torch.optim.LBFGS(
-        [w], max_iter=1000, history_size=10, tolerance_grad=1e-6, tolerance_change=1e-10,
+        [w], max_iter=1000, history_size=10, tolerance_grad=tolerance, tolerance_change=1e-10,
         line_search_fn="strong_wolfe")
 
     def closure():
@@ -131,8 +133,8 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor) -> tuple[Tensor, f
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
     held, rest = order.tensor_split([max(1, int(HOLDOUT * len(order)))])
     w, best, best_C, worse = None, -1.0, STRENGTHS[0], 0
-    for C in STRENGTHS:
-        w = fit_probe(train[rest], labels[rest], classes, C, w)
+    for C in tqdm(STRENGTHS, "linear probe", leave=False, disable=None):
+        w = fit_probe(train[rest], labels[rest], classes, C, w, tolerance=1e-4)
         hits = (train[held] @ w[:-1] + w[-1]).argmax(1) == labels[held]
         worse += 1
         if (accuracy := float(hits.double().mean())) > best:

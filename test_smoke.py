@@ -773,7 +773,7 @@ def test_knn_predicts_what_scikit_learn_predicts(features, k):
 def test_the_linear_probe_predicts_what_scikit_learn_predicts(features, C):
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y, q, _ = (t.double() if t.is_floating_point() else t for t in features)
-    w = evaluation.fit_probe(x, y, 7, C)
+    w = evaluation.fit_probe(x, y, 7, C, tolerance=1e-8)
     reference = linear_model.LogisticRegression(C=C, max_iter=5000, tol=1e-8).fit(x, y)
     assert ((q @ w[:-1] + w[-1]).argmax(1).numpy() == reference.predict(q)).all()
 

@@ -12,6 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
+import numpy as np
+import PIL.Image
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +97,30 @@ def test_the_default_path_downloads_trains_and_evaluates(tmp_path):
         tmp_path, "http://127.0.0.1:9", "train.py", *flags.split(), *SMALL, "--run_dir", "offline"
     )
     assert again.returncode == 0, again.stderr[-3000:]
+
+
+@needs_shared
+def test_cifar100_is_judged_by_its_fine_labels(tmp_path):
+    folder = tmp_path / "cifar100" / "data"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+        columns = dict(
+            img=[PIL.Image.fromarray(p) for p in pixels],
+            fine_label=list(range(40)),
+            coarse_label=[i % 4 for i in range(40)],
+        )
+        rows = datasets.Dataset.from_dict(columns)
+        for name, count in (("fine_label", 100), ("coarse_label", 20)):
+            rows = rows.cast_column(name, datasets.ClassLabel(num_classes=count))
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    with hub("--repo", f"datasets/uoft-cs/cifar100={tmp_path / 'cifar100'}") as endpoint:
+        flags = "--dataset cifar100 --teacher demo --epochs 1 --batch_size 40"
+        sizes = "--student_args depth=1 --teacher_size 32 --student_size 32"
+        done = call(tmp_path, endpoint, "train.py", *flags.split(), *sizes.split(), *SMALL[:2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    (labels,) = (tmp_path / "cache" / "stores").glob("cifar100-train-*/labels.npy")
+    assert np.load(labels).tolist() == list(range(40))
 
 
 @pytest.mark.parametrize("missing", ["dataset", "teacher"])
