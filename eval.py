@@ -80,20 +80,21 @@ def throughput(backbone: Backbone, batch_size: int, dtype) -> float:
 # ---------------------------------------------------------------------------- judges
 
 
-def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Weighted k-NN on the cosine, votes exp(cos / 0.07): predicted labels int64 [Q].
+def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, ks=NEIGHBOURS) -> list[Tensor]:
+    """Weighted k-NN on the cosine, votes exp(cos / 0.07): predicted labels int64 [Q] for each k.
 
-    train [N, D], labels int64 [N] >= 0, queries [Q, D]; float32 throughout. k is at most N.
+    train [N, D], labels int64 [N] >= 0, queries [Q, D]; float32 throughout. k above N means N.
     Predicts what scikit-learn's KNeighborsClassifier does with the same metric and weights.
     """
     train, classes = F.normalize(train.float(), dim=1), int(labels.max()) + 1
     predictions = []
     for some in F.normalize(queries.float(), dim=1).split(1024):
-        cos, nearest = (some @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(some), classes, device=train.device)
-        votes.scatter_add_(1, labels[nearest], ((cos - 1) / TEMPERATURE).exp())
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
+        cos, nearest = (some @ train.T).topk(min(max(ks), len(train)), dim=1)
+        votes = ((cos - 1) / TEMPERATURE).exp()
+        counts = [torch.zeros(len(some), classes, device=train.device).scatter_add_(
+            1, labels[nearest[:, :k]], votes[:, :k]) for k in ks]
+        predictions.append([count.argmax(1) for count in counts])
+    return [torch.cat(parts) for parts in zip(*predictions, strict=True)]
 
 
 def fit_probe(x: Tensor, y: Tensor, classes: int, C: float, start: Tensor | None = None,
@@ -242,8 +243,8 @@ class Bench:
         train, y, test, y_test = (t.to(device) for t in (train, self.y, test, self.y_test))
         row = dict(spread=float(spread(test)), rank=effective_rank(test))
         if self.labelled:
-            for k in NEIGHBOURS:
-                row[f"knn{k}"] = float((knn_predict(train, y, test, k) == y_test).float().mean())
+            for k, predicted in zip(NEIGHBOURS, knn_predict(train, y, test), strict=True):
+                row[f"knn{k}"] = float((predicted == y_test).float().mean())
             if probe:
                 predicted, row["C"] = linear_probe(train, y, test)
                 row["linear"] = float((predicted == y_test).float().mean())
