@@ -45,6 +45,10 @@ ORDER, VIEW, LOCAL, JITTER = range(4)  # streams of random numbers
 # ---------------------------------------------------------------------------- sources
 
 
+class NoSplit(UserError):
+    """The data set exists, but has no such split."""
+
+
 def open_source(name: str, split: str, image_column: str, label_column: str):
     """A dataset of undecoded images -> (rows, image column, label column or "", split).
 
@@ -71,8 +75,8 @@ def open_source(name: str, split: str, image_column: str, label_column: str):
     wanted = [split] if split else ["test", "validation", "valid", "val"]
     split = next((s for s in wanted if s in found), None)
     if split is None:
-        raise UserError(f"dataset {name} has no split {wanted[0]!r}, only {', '.join(found)}: "
-                        "set --train_split or --test_split")
+        raise NoSplit(f"dataset {name} has no split {wanted[0]!r}, only {', '.join(found)}: "
+                      "set --train_split or --test_split")
     rows, columns = found[split], found[split].features
     for flag, column in (("image_column", image_column), ("label_column", label_column)):
         if column and column not in columns:
@@ -155,7 +159,7 @@ class Shapes:
 
     def __init__(self, split: str):
         if split not in self.SIZES:
-            raise UserError(f"dataset shapes has no split {split!r}, only train, test")
+            raise NoSplit(f"dataset shapes has no split {split!r}, only train, test")
         self.seed, self.count = list(self.SIZES).index(split), self.SIZES[split]
 
     def __len__(self):

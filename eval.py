@@ -196,12 +196,10 @@ def merged(cfg: Config, args: EvalConfig) -> Config:
     return dataclasses.replace(cfg, device=args.device, precision=args.precision, **told)
 
 
-def subset(store: data.Store, count: int, labelled: bool) -> np.ndarray:
-    """Positions of `count` random images (0 = all), the same every time; only labelled ones."""
-    rows = np.flatnonzero(store.labels >= 0) if labelled else np.arange(len(store))
-    if not 0 < count < len(rows):
-        return rows
-    return np.sort(np.random.default_rng(0).permutation(rows)[:count])
+def subset(rows: np.ndarray, count: int) -> np.ndarray:
+    """`count` random ones of `rows` (0 = all), in order, the same every time."""
+    shuffled = np.random.default_rng(0).permutation(rows)
+    return np.sort(shuffled[: count or len(rows)])
 
 
 class Bench:
@@ -210,12 +208,23 @@ class Bench:
     def __init__(self, cfg: Config, max_train: int = 0, max_test: int = 0, batch_size: int = 256):
         limit = max(cfg.teacher_size, cfg.student_size)
         self.train = data.open_store(cfg, cfg.train_split, limit, cfg.max_samples)
-        self.test = data.open_store(cfg, cfg.test_split, limit)
+        train, test = np.arange(len(self.train)), None
+        try:
+            self.test = data.open_store(cfg, cfg.test_split, limit)
+        except data.NoSplit:
+            if cfg.test_split:
+                raise
+            print("no test split: a random tenth of the training images is kept out of the k-NN "
+                  "bank and the probe to be judged; the student has seen them, without labels")
+            self.test, test = self.train, subset(train, len(train) // 10)
+            train = np.setdiff1d(train, test)
+        test = np.arange(len(self.test)) if test is None else test
         self.device, self.batch_size = pick_device(cfg.device), batch_size
         self.dtype = pick_dtype(cfg.precision, self.device)
         self.labelled = bool((self.train.labels >= 0).any() and (self.test.labels >= 0).any())
-        self.train_rows = subset(self.train, max_train, self.labelled)
-        self.test_rows = subset(self.test, max_test, self.labelled)
+        if self.labelled:
+            train, test = train[self.train.labels[train] >= 0], test[self.test.labels[test] >= 0]
+        self.train_rows, self.test_rows = subset(train, max_train), subset(test, max_test)
         y, y_test = self.train.labels[self.train_rows], self.test.labels[self.test_rows]
         # Classes are numbered by the training labels; what only test knows can only be wrong.
         classes = np.unique(y)

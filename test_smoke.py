@@ -823,6 +823,20 @@ def test_a_checkpoint_can_be_judged_on_other_data(tiny, photos):
     assert rows[-1]["knn20"] == round(rows[-1]["knn20"] * 8) / 8, "eight test images"
 
 
+def test_without_a_test_split_a_tenth_of_train_is_held_out(tiny, tmp_path, capsys):
+    for i in range(40):
+        (tmp_path / "own" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / "ab"[i % 2] / f"{i}.png").write_bytes(png(i))
+    cfg = tiny(dataset=str(tmp_path / "own"), max_samples=0)
+    bench = evaluation.Bench(cfg)
+    assert "a random tenth" in capsys.readouterr().out
+    assert len(bench.test_rows) == 4 and len(bench.train_rows) == 36
+    assert not set(bench.test_rows) & set(bench.train_rows)
+    assert sorted(set(bench.y.tolist())) == [0, 1]
+    with pytest.raises(UserError, match="no split 'test', only train"):
+        evaluation.Bench(dataclasses.replace(cfg, test_split="test"))
+
+
 def test_without_labels_the_rest_of_the_evaluation_runs(tiny, tmp_path, capsys):
     for split, count in (("train", 24), ("test", 24)):
         for i in range(count):
