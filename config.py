@@ -62,7 +62,7 @@ class Config:
     train_split: str = option("train", "split that the student learns from")
     test_split: str = option("", "split that is evaluated; empty = test, else validation")
     image_column: str = option("", "empty = the only image column")
-    label_column: str = option("", "empty = the class label; only eval.py reads labels")
+    label_column: str = option("", "empty = the class label; training never looks at it")
     store_size: int = option(0, "pixels of stored images; 0 = native, at most the models'", low=0)
     max_samples: int = option(0, "learn from a fixed random subset; 0 = all images", low=0)
     samples_per_epoch: int = option(0, "images per epoch, drawn anew each time; 0 = all", low=0)
@@ -145,7 +145,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """An evaluation. Empty, 0 or -1 means: as the checkpoint's own config says."""
+    """An evaluation. Of data and teacher, what is left empty is as in the checkpoint's config."""
 
     checkpoints: tuple = option((), "checkpoint files; a row of the table each")
     dataset: str = option("", "evaluate elsewhere, as in train.py")
@@ -168,6 +168,8 @@ class EvalConfig:
 
     def problems(self) -> list[str]:
         found = [f"no such checkpoint: {c}" for c in self.checkpoints if not Path(c).is_file()]
+        if not Path(self.save_features).absolute().parent.is_dir():
+            found.append(f"--save_features {self.save_features}: no such folder")
         if not self.checkpoints:
             found.append("no checkpoint given: python eval.py runs/NAME/checkpoint_latest.pth")
         return found + (dataset_problems(self.dataset) if self.dataset else [])
@@ -192,13 +194,12 @@ def validate(cfg, *checks, found=()) -> None:
     found = list(found)
     for f in dataclasses.fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        choices = f.metadata["choices"]
+        choices, most = f.metadata["choices"], "" if high is None else f" and at most {high}"
         if choices and value not in choices:
             known = ", ".join(filter(None, choices))
             found.append(f"--{f.name} {value}: not one of {known}{nearest(value, choices)}")
-        elif low is not None and not low <= value <= (float("inf") if high is None else high):
-            most = "" if high is None else f" and at most {high}"
-            found.append(f"--{f.name} {value}: must be at least {low}{most}")
+        elif low is not None and not low <= value <= (sys.float_info.max if high is None else high):
+            found.append(f"--{f.name} {value}: must be a number, at least {low}{most}")
     for check in (type(cfg).problems, *checks):
         found += [problem for problem in check(cfg) if problem not in found]
     if found:
@@ -245,14 +246,14 @@ def parse(cls, argv: list[str], *checks):
 
 
 def cli(main, cls, *checks) -> None:
-    """Run main(parse(cls, argv)); a UserError becomes a message on stderr and exit status 2."""
+    """Run main(parse(cls, argv)); what the user can mend becomes a message and exit status 2."""
     try:
         main(parse(cls, sys.argv[1:], *checks))
-    except (UserError, KeyboardInterrupt) as error:
+    except (UserError, OSError, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:
             raise
         print(f"error: {error}" if str(error) else "interrupted", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 130)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
 def hub_online() -> None:
@@ -278,6 +279,13 @@ def hub_error(what: str, instead: str, error: Exception) -> UserError:
     answer = (f"{hub.constants.ENDPOINT} does not answer, and it was not downloaded before"
               if hub.constants.HF_HUB_OFFLINE else
               f"{hub.constants.ENDPOINT} answers, so the name may be wrong or private")
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return UserError(f"cannot get {what}: {answer}.\n  Without a network: {instead}, or "
-                     f"--preset demo.\n  ({reason})")
+                     f"--preset demo.\n  ({reason(error)})")
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without torch's advice to load untrusted pickles."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return "not a file of plain weights" if "weights_only" in str(error) else text

@@ -70,7 +70,8 @@ def open_source(name: str, split: str, image_column: str, label_column: str):
     except Exception as error:  # the libraries below raise what they like
         if Path(name).is_dir():
             raise UserError(f"cannot read the dataset in {name}: {error}") from error
-        raise hub_error(f"the dataset {hub_name}", "--dataset DIR with a copy", error) from error
+        what = f"the dataset {hub_name}" + " (no such folder here)" * (name not in DATASETS)
+        raise hub_error(what, "--dataset DIR with a copy", error) from error
     found = {"train": found} if isinstance(found, datasets.Dataset) else found
     wanted = [split] if split else ["test", "validation", "valid", "val"]
     split = next((s for s in wanted if s in found), None)
@@ -89,7 +90,9 @@ def open_source(name: str, split: str, image_column: str, label_column: str):
     classes = [c for c, f in columns.items() if isinstance(f, datasets.ClassLabel)]
     label = label_column or known_label or (classes[0] if len(classes) == 1 else "")
     label = label or next((c for c in ("label", "labels") if c in columns), "")
-    if label and columns[label].dtype == "string":
+    kind = getattr(columns.get(label), "dtype", "")  # "" for a list: several labels are no class
+    label = label if kind else ""
+    if kind == "string":
         rows = rows.class_encode_column(label)
     return rows.cast_column(images[0], datasets.Image(decode=False)), images[0], label, split
 
@@ -244,13 +247,15 @@ class _Decoder(Dataset):
         for row in rows:
             try:
                 item = self.source[row]
-                label = item[self.label] if self.label else None
-                label = -1 if label is None else int(label)
                 images.append(torch.from_numpy(decode(item[self.image], self.size)))
-                labels.append(label)
                 kept.append(row)
             except Exception as error:  # PIL raises nearly anything on hostile bytes
                 bad.append((row, f"{type(error).__name__}: {error}"[:200]))
+                continue
+            try:
+                labels.append(int(item[self.label]))
+            except (KeyError, TypeError, ValueError):  # none, NULL or NaN
+                labels.append(-1)
         return torch.stack(images) if images else None, labels, kept, bad
 
 

@@ -13,6 +13,7 @@ are read here and nowhere else.
 
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import Config, EvalConfig, UserError, cli
+from config import Config, EvalConfig, UserError, cli, reason
 from model import (
     Backbone,
     Distiller,
@@ -42,6 +43,10 @@ NEIGHBOURS = (10, 20)  # the last one is the headline
 STRENGTHS = tuple(10.0**e for e in range(-5, 3))  # C of the probe, smallest first
 HOLDOUT = 0.1  # share of train on which C is chosen
 PIXELS = 32  # side of the raw-pixel baseline
+BASELINE = frozenset(  # checkpoints that agree in these share data, teacher and untrained student
+    "dataset train_split test_split image_column label_column store_size max_samples cache_dir "
+    "teacher teacher_weights teacher_size student student_args student_size pool local_crops seed"
+    .split())
 
 
 # ---------------------------------------------------------------------------- features
@@ -167,8 +172,8 @@ def read_checkpoint(path: Path) -> tuple[dict, Config]:
         known = {f.name for f in dataclasses.fields(Config)}
         return saved, Config(**{k: v for k, v in saved["config"].items() if k in known})
     except Exception as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a checkpoint of this program, or damaged: {why}") from error
+        raise UserError(f"{path} is not a checkpoint of this program, or it is damaged: "
+                        f"{reason(error)}") from error
 
 
 def student_of(cfg: Config, weights: dict | None = None) -> Backbone:
@@ -206,6 +211,8 @@ class Bench:
     """The training and test images of a config, ready to judge any backbone on."""
 
     def __init__(self, cfg: Config, max_train: int = 0, max_test: int = 0, batch_size: int = 256):
+        if cfg.test_split == cfg.train_split:
+            raise UserError(f"--test_split {cfg.test_split} is what the k-NN bank is made of")
         limit = max(cfg.teacher_size, cfg.student_size)
         self.train = data.open_store(cfg, cfg.train_split, limit, cfg.max_samples)
         train, test = np.arange(len(self.train)), None
@@ -295,10 +302,14 @@ def table(rows: list[dict]) -> str:
 def main(args: EvalConfig) -> list[dict]:
     """Judge args.checkpoints and, once per teacher and data, the baselines; returns the rows."""
     rows, known = [], None
-    for path in map(Path, args.checkpoints):
+    paths = [Path(c) for c in args.checkpoints]
+    several = len({path.parent for path in paths}) > 1
+    for path in paths:
         saved, cfg = read_checkpoint(path)
         cfg = merged(cfg, args)
-        if known != (known := (cfg.dataset, cfg.teacher, cfg.teacher_size, cfg.student_size)):
+        setting = [getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in BASELINE]
+        if setting != known:
+            known = setting
             bench = Bench(cfg, args.max_train, args.max_test, args.batch_size)
             print(f"{cfg.dataset}: {len(bench.train_rows)} training, {len(bench.test_rows)} test "
                   f"images, {bench.device.type}, {str(bench.dtype).split('.')[1]}", flush=True)
@@ -321,7 +332,8 @@ def main(args: EvalConfig) -> list[dict]:
                 rows.append(bench.row("student, untrained", untrained, pair, args.probe))
         student = student_of(cfg, saved["student"]).to(bench.device)
         features = bench.features(student)
-        row = bench.row(f"student, epoch {saved['epoch']:g}", student, features, args.probe)
+        name = f"{path.parent.name if several else 'student'}, epoch {saved['epoch']:g}"
+        row = bench.row(name, student, features, args.probe)
         for name, key in (("knn", "knn20"), ("linear", "linear")):
             if key in row and key in reference:
                 row[f"retention_{name}"] = row[key] / reference[key]
@@ -333,7 +345,8 @@ def main(args: EvalConfig) -> list[dict]:
             row["cos"] = float(F.cosine_similarity(head.predict(features[1]), target).mean())
         rows.append(row | dict(checkpoint=str(path), epoch=saved["epoch"], step=saved["step"]))
     print(table(rows))
-    out = Path(args.checkpoints[0]).parent / "eval.json"
+    elsewhere = re.sub(r"\W+", "_", f"-{args.dataset}") if args.dataset else ""
+    out = paths[0].parent / f"eval{elsewhere}.json"
     out.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"written to {out}")
     if args.save_features:

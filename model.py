@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import UserError, hub_error, hub_online, nearest
+from config import UserError, hub_error, hub_online, nearest, reason
 
 TEACHERS = {  # the official names -> timm's
     f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2.lvd142m"
@@ -192,7 +192,7 @@ def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     except Exception as error:
         if weights:
             raise UserError(f"--teacher_weights {weights} does not fit {timm_name}: "
-                            f"{str(error).strip()[:300]}") from error
+                            f"{reason(error)}") from error
         raise hub_error(f"the weights of {timm_name}", advice, error) from error
     if hasattr(net, "set_input_size"):
         table = net.pos_embed

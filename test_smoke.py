@@ -183,6 +183,7 @@ def png(seed: int) -> bytes:
 
 def test_parquet_files_and_save_to_disk_are_read_and_string_labels_numbered(tiny, tmp_path):
     columns = dict(photo=[png(i) for i in range(6)], label=["cat", "dog"] * 3, note=["x"] * 6)
+    columns |= dict(score=[0.0, float("nan")] * 3, labels=[[1, 2]] * 6)
     foreign = datasets.Dataset.from_dict(columns)  # bytes, but no image type
     (tmp_path / "parquet").mkdir()
     foreign.to_parquet(tmp_path / "parquet" / "train.parquet")
@@ -191,6 +192,11 @@ def test_parquet_files_and_save_to_disk_are_read_and_string_labels_numbered(tiny
         data.open_store(tiny(dataset=str(tmp_path / name)), "train", 32)
         for name in ("parquet", "disk")
     ]
+    odd = [
+        data.open_store(tiny(dataset=str(tmp_path / "disk"), label_column=c), "train", 32)
+        for c in ("score", "labels")
+    ]
+    assert [store.labels.tolist() for store in odd] == [[0, -1] * 3, [-1] * 6]
     for store in stores:
         assert store.labels.tolist() == [0, 1] * 3 and store.images.shape == (6, 3, 32, 32)
     assert (stores[0].images == stores[1].images).all()
@@ -660,6 +666,18 @@ def test_precisions_losses_and_heads_train(tiny, changes):
     assert train.main(cfg)["step"] == 10
     saved = torch.load(cfg.run_path / "checkpoint_latest.pth", weights_only=True)
     assert bool(saved["scaler"]) == (cfg.precision == "fp16"), "fp16 saves its loss scale"
+
+
+def test_a_run_is_not_continued_on_data_that_changed(tiny, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for i in range(16):
+        (folder / f"{i}.png").write_bytes(png(i))
+    cfg = tiny(dataset=str(folder), max_samples=0, epochs=1, eval_every=1)
+    train.main(cfg)  # there is no test split to check on, and that is no reason to stop
+    (folder / "one_more.png").write_bytes(png(99))
+    with pytest.raises(UserError, match="own has changed"):
+        train.main(dataclasses.replace(cfg, epochs=2))
 
 
 def test_a_data_set_smaller_than_a_batch_is_refused(tiny):

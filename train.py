@@ -173,6 +173,9 @@ def main(cfg: Config) -> dict:
     # ---------------------------------------------------------------- what
     size_limit = max(cfg.teacher_size, cfg.student_size)
     store = data.open_store(cfg, cfg.train_split, size_limit, cfg.max_samples)
+    if saved and saved["store"] != store.path.name:
+        raise UserError(f"{run} holds a run on other data, or {cfg.dataset} has changed: choose "
+                        "another --run_dir, or --no_resume to move that run aside")
     samples = min(cfg.samples_per_epoch or len(store), len(store))
     steps_per_epoch = -(-samples // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch
@@ -194,6 +197,8 @@ def main(cfg: Config) -> dict:
     groups = parameter_groups(distiller, cfg.weight_decay)
     optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=BETAS, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if store.info["unreadable"]:
+        log.info(f"{len(store.info['unreadable'])} unreadable images: {store.path / 'info.json'}")
     log.info(f"{cfg.dataset}: {len(store)} images, {store.size} px, {steps_per_epoch} steps/epoch")
     for who, net in (cfg.teacher, teacher), (cfg.student, student):
         log.info(f"{who}: {net.parameter_count / 1e6:.2f} M parameters, {net.image_size} px, grid "
@@ -263,6 +268,7 @@ def main(cfg: Config) -> dict:
             student=student.net.state_dict(), optimiser=optimiser.state_dict(),
             heads={k: v for k, v in distiller.state_dict().items() if not k.startswith("student.")},
             scaler=scaler.state_dict(), step=step, epoch=step / steps_per_epoch, metrics=metrics,
+            store=store.path.name,
             config=dataclasses.asdict(cfg))
         for path in paths:
             write_atomically(path, lambda temporary: torch.save(state, temporary))
@@ -316,6 +322,7 @@ def main(cfg: Config) -> dict:
                 sums[-1] = len(signals)
                 if world > 1:
                     dist.all_reduce(sums)
+                # The last is above 0 as soon as any rank was told to stop.
                 *means, norm, stopping = (sums / (step - logged) / world).tolist()
                 seconds, images_seen = time.time() - since, (step - logged) * cfg.batch_size
                 metrics = dict(zip(models.Distiller.STATS, means, strict=True), step=step,
@@ -336,18 +343,21 @@ def main(cfg: Config) -> dict:
                                 "Try a lower --lr, --head pca, or a longer --warmup_epochs")
                 if rank == 0:
                     done = step // steps_per_epoch
+                    if end_of_epoch or stopping or time.time() - last_save > SAVE_SECONDS:
+                        due = cfg.save_every and done % cfg.save_every == 0 or step == total_steps
+                        kept = [run / f"checkpoint_epoch_{done}.pth"] * bool(end_of_epoch and due)
+                        save(latest, *kept)
+                        last_save = time.time()
                     if end_of_epoch and cfg.eval_every and done % cfg.eval_every == 0:
-                        bench = evaluation.Bench(cfg, *QUICK_EVAL)
-                        metrics |= bench.judge(*bench.features(student), probe=False)
-                        log.info(f"epoch {done}: k-NN {metrics.get('knn20', math.nan):.1%}")
+                        try:
+                            bench = evaluation.Bench(cfg, *QUICK_EVAL)
+                            metrics |= bench.judge(*bench.features(student), probe=False)
+                            log.info(f"epoch {done}: k-NN {metrics.get('knn20', math.nan):.1%}")
+                        except UserError as error:  # training goes on without it
+                            log.warning(f"epoch {done}: no k-NN check: {error}")
                         student.train()
                     with open(run / "metrics.jsonl", "a") as file:
                         file.write(json.dumps(metrics) + "\n")
-                    if end_of_epoch or stopping or time.time() - last_save > SAVE_SECONDS:
-                        keep = step == total_steps or done % (cfg.save_every or total_steps) == 0
-                        kept = [run / f"checkpoint_epoch_{done}.pth"] * (end_of_epoch and keep)
-                        save(latest, *kept)
-                        last_save = time.time()
                 if stopping:
                     log.info(f"stopped after step {step}/{total_steps}; the same command goes on")
                     raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
