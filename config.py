@@ -267,7 +267,7 @@ def hub_online() -> None:
 
     if not hub.constants.HF_HUB_OFFLINE:
         try:
-            hub.get_session().head(hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
+            hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
         except Exception:  # the class depends on the HTTP library of the installed version
             hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
