@@ -296,9 +296,7 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
     else:
         columns = cfg.image_column, cfg.label_column
         source, image, label, split = open_source(cfg.dataset, split, *columns)
-    rows = np.arange(len(source))
-    if 0 < max_samples < len(rows):
-        rows = np.sort(np.random.default_rng(0).permutation(len(rows))[:max_samples])
+    rows = subset(np.arange(len(source)), max_samples)
     size = cfg.store_size or _native_size(source, image, rows, size_limit)
     decoder = _Decoder(source, image, label, size)
     batches = DataLoader(decoder, 256, sampler=rows.tolist(), num_workers=cfg.workers,
@@ -331,6 +329,13 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
                 unreadable=bad)
     (temporary / "info.json").write_text(json.dumps(info))
     temporary.rename(path)
+
+
+def subset(rows: np.ndarray, count: int) -> np.ndarray:
+    """`count` random ones of `rows` (0 = all), in order, the same every time."""
+    if not 0 < count < len(rows):
+        return rows
+    return np.sort(np.random.default_rng(0).permutation(rows)[:count])
 
 
 def _native_size(source, image: str, rows, limit: int) -> int:

@@ -201,12 +201,6 @@ def merged(cfg: Config, args: EvalConfig) -> Config:
     return dataclasses.replace(cfg, device=args.device, precision=args.precision, **told)
 
 
-def subset(rows: np.ndarray, count: int) -> np.ndarray:
-    """`count` random ones of `rows` (0 = all), in order, the same every time."""
-    shuffled = np.random.default_rng(0).permutation(rows)
-    return np.sort(shuffled[: count or len(rows)])
-
-
 class Bench:
     """The training and test images of a config, ready to judge any backbone on."""
 
@@ -223,7 +217,7 @@ class Bench:
                 raise
             print("no test split: a random tenth of the training images is kept out of the k-NN "
                   "bank and the probe to be judged; the student has seen them, without labels")
-            self.test, test = self.train, subset(train, len(train) // 10)
+            self.test, test = self.train, data.subset(train, len(train) // 10)
             train = np.setdiff1d(train, test)
         test = np.arange(len(self.test)) if test is None else test
         self.device, self.batch_size = pick_device(cfg.device), batch_size
@@ -231,7 +225,8 @@ class Bench:
         self.labelled = bool((self.train.labels >= 0).any() and (self.test.labels >= 0).any())
         if self.labelled:
             train, test = train[self.train.labels[train] >= 0], test[self.test.labels[test] >= 0]
-        self.train_rows, self.test_rows = subset(train, max_train), subset(test, max_test)
+        self.train_rows = data.subset(train, max_train)
+        self.test_rows = data.subset(test, max_test)
         y, y_test = self.train.labels[self.train_rows], self.test.labels[self.test_rows]
         # Classes are numbered by the training labels; what only test knows can only be wrong.
         classes = np.unique(y)
@@ -334,9 +329,9 @@ def main(args: EvalConfig) -> list[dict]:
         features = bench.features(student)
         name = f"{path.parent.name if several else 'student'}, epoch {saved['epoch']:g}"
         row = bench.row(name, student, features, args.probe)
-        for name, key in (("knn", "knn20"), ("linear", "linear")):
+        for kept, key in (("knn", "knn20"), ("linear", "linear")):
             if key in row and key in reference:
-                row[f"retention_{name}"] = row[key] / reference[key]
+                row[f"retention_{kept}"] = row[key] / reference[key]
         if teacher:
             distiller = Distiller(student, teacher, cfg)
             distiller.load_state_dict(saved["heads"], strict=False)
