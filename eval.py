@@ -217,7 +217,7 @@ class Bench:
                 raise
             print("no test split: a random tenth of the training images is kept out of the k-NN "
                   "bank and the probe to be judged; the student has seen them, without labels")
-            self.test, test = self.train, data.subset(train, len(train) // 10)
+            self.test, test = self.train, data.subset(train, max(1, len(train) // 10))
             train = np.setdiff1d(train, test)
         test = np.arange(len(self.test)) if test is None else test
         self.device, self.batch_size = pick_device(cfg.device), batch_size
