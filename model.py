@@ -53,7 +53,9 @@ class Backbone(nn.Module):
 
     def __init__(self, net: nn.Module, image_size: int, shape: dict, pool: str = "cls"):
         super().__init__()
-        self.net, self.image_size, self.pool = net, image_size, pool
+        # A fifth to a half faster for conv nets on a CPU; tensor cores want it. ViTs do not mind.
+        self.net = net.to(memory_format=torch.channels_last)
+        self.image_size, self.pool = image_size, pool
         self.embed_dim, self.grid = shape["embed_dim"], shape["grid"]
         # A conv net's map may keep its channels last; the ViTs that end in a mean keep their last
         # norm in `fc_norm`, where forward_features does not reach it.
