@@ -36,8 +36,9 @@ PRESETS = {
 }
 # Settings that may change when a run is continued: they do not alter what is being learned.
 FREE_ON_RESUME = frozenset(
-    "preset epochs teacher_weights cache_dir num_workers max_bad run_dir resume device precision "
-    "compile log_every save_every eval_every eval_at_end debug max_student_params".split())
+    "preset epochs teacher_weights cache_dir num_workers store_device max_bad run_dir resume "
+    "device precision compile log_every save_every eval_every eval_at_end debug "
+    "max_student_params".split())
 
 
 class UserError(Exception):
@@ -69,6 +70,9 @@ class Config:
     max_bad: float = option(0.01, "largest share of unreadable images to skip", low=0, high=1)
     cache_dir: str = option("cache", "where decoded images are kept; wants a fast local disk")
     num_workers: int = option(-1, "processes that decode and load; -1 = one per core", low=-1)
+    store_device: str = option("auto", "where decoded images are read from: the disk's memory map, "
+                               "or all at once onto the device; auto = onto a GPU if they take at "
+                               "most a quarter of it", choices=("auto", "disk", "device"))
     crop_scale: float = option(0.4, "smallest area of a view, of the image's", low=0.01, high=1)
     jitter: float = option(0.4, "strength of the student's colour jitter; 0 = none", low=0, high=1)
 

@@ -352,13 +352,18 @@ def _native_size(source, image: str, rows, limit: int) -> int:
 
 
 class _Rows(Dataset):
-    """A whole batch in one copy out of the map: indices -> (uint8 [B, 3, S, S], int64 [B])."""
+    """A whole batch in one copy out of the maps: indices -> (images, index, what the bank holds).
 
-    def __init__(self, store: Store):
-        self.store = store
+    Images are None when they need not be fetched, and so is the bank's part when there is no bank.
+    """
+
+    def __init__(self, store: Store | None, bank, view: int):
+        self.store, self.bank, self.view = store, bank, view
 
     def __getitems__(self, indices):
-        return torch.from_numpy(self.store.images[indices]), torch.as_tensor(indices)
+        images = torch.from_numpy(self.store.images[indices]) if self.store else None
+        stored = self.bank.read(self.view, indices) if self.bank else None
+        return images, torch.as_tensor(indices), stored
 
 
 def epoch_order(images: int, samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -367,16 +372,23 @@ def epoch_order(images: int, samples: int, seed: int, epoch: int) -> np.ndarray:
     return order[: samples or images]
 
 
-def loader(store: Store, order: np.ndarray, batch_size: int, first: int = 0, rank: int = 0,
-           world: int = 1, workers: int = 0, pin: bool = False) -> DataLoader:
+def loader(store: Store | None, order: np.ndarray, batch_size: int, first: int = 0, rank: int = 0,
+           world: int = 1, bank=None, view: int = 0, workers: int = 0) -> DataLoader:
     """Batches `first`, `first + 1`, ... of `order`, this rank's share of each.
 
-    The last is filled up from the front. Yields (uint8 [B / world, 3, S, S], int64 [B / world]).
+    The last is filled up from the front. Yields images uint8 [B / world, 3, S, S], their index
+    int64 [B / world], and what `bank` holds of this view of them; None for a missing store or bank.
     """
     full = np.resize(order, -(-len(order) // batch_size) * batch_size)
     full = full.reshape(-1, world, batch_size // world)
-    return DataLoader(_Rows(store), batch_sampler=list(full[first:, rank]), num_workers=workers,
-                      collate_fn=_same, pin_memory=pin)
+    return DataLoader(_Rows(store, bank, view), batch_sampler=list(full[first:, rank]),
+                      num_workers=workers, collate_fn=_same, pin_memory=workers > 0)
+
+
+def to_device(tensor: Tensor, device) -> Tensor:
+    """A copy on the device; for CUDA by way of pinned memory, so that nothing waits for it."""
+    cuda = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
 
 
 # ---------------------------------------------------------------------------- teacher bank
@@ -385,66 +397,99 @@ def loader(store: Store, order: np.ndarray, batch_size: int, first: int = 0, ran
 class Bank:
     """What the teacher said of each view of each image: asked once, read ever after.
 
-    A folder of memory maps: `tokens int8 [V, N, T, K]`, T the CLS and the patches, with a `scale
-    float16 [V, N, T]`, and `done uint8 [V, N]`, set after its row, so that a torn row is asked
-    again. It keeps *targets*: features behind the heads' fixed maps, at the student's width and on
-    its grid. That is the smallest form (a ViT-B/14 at 224 px says 257 x 768 numbers, a ViT-S/16 at
-    96 px needs 37 x 384 of them), and costs that a run with another head, width, grid or crop_scale
-    needs a bank of its own. All processes of one machine share it.
+    A folder for each view, with memory maps `tokens int8 [N, T, K]`, T the CLS and the patches, a
+    `scale float16 [N, T]`, and `done uint8 [N]`, set after its row, so that a torn row is asked
+    again (by a killed process; after a power cut delete the bank). It keeps *targets*: features
+    behind the heads' fixed maps, at the student's width and on its grid. That is the smallest form
+    (a ViT-B/14 at 224 px says 257 x 768 numbers, a ViT-S/16 at 96 px needs 37 x 384 of them), and
+    costs that a run with another head, width, grid, seed or crop_scale needs a bank of its own.
+    All processes of one machine share it, and so do runs with more or fewer views.
     """
 
     def __init__(self, path: Path, views: int, images: int, tokens: int, width: int):
-        """Open the bank in `path`, or reserve its disk space. Raises UserError if that is short."""
-        self.path, shape = path, (views, images)
-        kinds = dict(tokens=("i1", (*shape, tokens, width)), scale=("f2", (*shape, tokens)),
-                     done=("u1", shape))
-        self.bytes = {n: np.dtype(kind).itemsize * math.prod(s) for n, (kind, s) in kinds.items()}
+        """Open the bank in `path`, reserving disk space for the views that it lacks.
+
+        Raises UserError if the disk has less.
+        """
+        self.path, self.arguments, self.pending = path, (path, views, images, tokens, width), None
+        self.kinds = dict(tokens=("i1", (images, tokens, width)), scale=("f2", (images, tokens)),
+                          done=("u1", (images,)))
+        folders = [path / f"view_{number}" for number in range(views)]
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if not path.exists():
-                self._reserve(views)
-        for name, (kind, size) in kinds.items():
-            setattr(self, name, np.memmap(path / name, kind, "r+", shape=size))
+            self._reserve(folders)
+        self.tokens, self.scale, self.done = (
+            [np.memmap(folder / name, kind, "r+", shape=shape) for folder in folders]
+            for name, (kind, shape) in self.kinds.items())
 
-    def _reserve(self, views: int) -> None:
-        need, free = sum(self.bytes.values()), shutil.disk_usage(self.path.parent).free
-        log.info(f"teacher bank: {views} views in {need / 1e9:.2f} GB at {self.path}")
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        if need > free:
-            fit = int(free / (need / views))
-            raise UserError(f"the teacher bank needs {need / 1e9:.1f} GB in {self.path.parent}; "
-                            f"{free / 1e9:.1f} GB are free: --teacher_views {fit} "
-                            f"{'fits' if fit else 'needs none'}, or choose another --cache_dir")
-        temporary.mkdir()
-        for name, size in self.bytes.items():
-            with open(temporary / name, "wb") as file:
-                os.truncate(file.fileno(), size)
-                if hasattr(os, "posix_fallocate"):  # else a full disk breaks a later write
-                    os.posix_fallocate(file.fileno(), 0, size)
-        temporary.rename(self.path)
+    def __reduce__(self):  # a loader process opens the maps itself
+        return Bank, self.arguments
 
-    def missing(self, view: int, index: Tensor) -> Tensor:
-        """Which of the batch's images the teacher must still be asked about: int64 [<= B]."""
-        return torch.from_numpy(np.flatnonzero(self.done[view, index.numpy()] == 0))
+    def _reserve(self, folders: list[Path]) -> None:
+        sizes = {n: np.dtype(kind).itemsize * math.prod(s) for n, (kind, s) in self.kinds.items()}
+        new, each = [f for f in folders if not f.exists()], sum(sizes.values())
+        free = shutil.disk_usage(self.path.parent).free
+        if new:
+            log.info(f"teacher bank: {len(new)} of {len(folders)} views are new, "
+                     f"{len(new) * each / 1e9:.2f} GB in {self.path}")
+        if len(new) * each > free:
+            fit = len(folders) - len(new) + free // each
+            raise UserError(f"the teacher bank needs {len(new) * each / 1e9:.1f} GB in "
+                            f"{self.path.parent}; {free / 1e9:.1f} GB are free: --teacher_views "
+                            f"{fit} {'fits' if fit else 'needs none'}, or choose another "
+                            "--cache_dir")
+        for folder in new:
+            temporary = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for name, size in sizes.items():
+                with open(temporary / name, "wb") as file:
+                    os.truncate(file.fileno(), size)
+                    if hasattr(os, "posix_fallocate"):  # else a full disk breaks a later write
+                        os.posix_fallocate(file.fileno(), 0, size)
+            temporary.rename(folder)
 
-    def write(self, view: int, index: Tensor, targets: Tensor) -> None:
-        """Store targets float32 [B, T, K], a scale for each token. Cosines keep to 0.9995."""
-        scale = (targets.abs().amax(-1) / 127).clamp_min(1e-6).half()
-        tokens = (targets / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
-        rows = index.numpy()
-        self.tokens[view, rows], self.scale[view, rows] = tokens.cpu().numpy(), scale.cpu().numpy()
-        self.done[view, rows] = 1  # last: until here the row does not count
+    def read(self, view: int, rows) -> tuple[Tensor, Tensor, Tensor]:
+        """What is stored of a view: tokens int8 [B, T, K], scale float16 [B, T], done uint8 [B].
 
-    def read(self, view: int, index: Tensor, device) -> Tensor:
-        """Targets float32 [B, T, K] on the device."""
-        rows = index.numpy()
-        tokens, scale = (torch.from_numpy(part[view, rows]) for part in (self.tokens, self.scale))
-        tokens, scale = (part.to(device, non_blocking=True) for part in (tokens, scale))
-        return tokens.float() * scale.float()[..., None]
+        Where done is 0 the others mean nothing.
+        """
+        parts = self.done, self.scale, self.tokens  # done before what it vouches for
+        return tuple(torch.from_numpy(part[view][rows]) for part in parts)[::-1]
+
+    def write(self, view: int, index: Tensor, tokens: Tensor, scale: Tensor) -> None:
+        """Store rows. On CUDA without waiting: they are put down when the next ones come."""
+        self.flush()
+        cuda = tokens.is_cuda
+        tokens, scale = (part.to("cpu", non_blocking=cuda) for part in (tokens, scale))
+        copied = torch.cuda.Event() if cuda else None
+        self.pending = view, index.numpy(), tokens, scale, copied
+        copied.record() if cuda else self.flush()
+
+    def flush(self) -> None:
+        if self.pending:
+            view, rows, tokens, scale, copied = self.pending
+            if copied:
+                copied.synchronize()
+            self.tokens[view][rows], self.scale[view][rows] = tokens.numpy(), scale.numpy()
+            self.done[view][rows] = 1  # last: until here the rows do not count
+            self.pending = None
 
     def complete(self) -> bool:
-        return bool(self.done.all())
+        self.flush()
+        return all(done.all() for done in self.done)
+
+
+def quantise(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [B, T, K] -> int8 [B, T, K] and a scale for each token, float16 [B, T]."""
+    scale = (targets.abs().amax(-1) / 127).clamp_min(1e-6).half()
+    tokens = (targets / scale.float()[..., None]).round().clamp(-127, 127)
+    return tokens.to(torch.int8), scale
+
+
+def dequantise(tokens: Tensor, scale: Tensor) -> Tensor:
+    """float32 [B, T, K]: a cosine of at least 0.9995 to what `quantise` was given."""
+    return tokens.float() * scale.float()[..., None]
 
 
 # ---------------------------------------------------------------------------- views
@@ -496,7 +541,7 @@ def render(images: Tensor, boxes: Tensor | None, size: int) -> Tensor:
     B, S = len(images), images.shape[-1]
     if boxes is None:
         boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(B, 4)
-    boxes = boxes.to(images.device, non_blocking=True)
+    boxes = to_device(boxes, images.device)
     across = _resize_matrix(boxes[:, 0], boxes[:, 2], size, S)
     down = _resize_matrix(boxes[:, 1], boxes[:, 3], size, S)
     with torch.autocast(images.device.type, enabled=False):
@@ -538,7 +583,7 @@ def jitter(images: Tensor, seed: int, epoch: int, index: Tensor, strength: float
     hue = torch.linalg.inv(YIQ) @ rotation @ YIQ
     gray = torch.tensor(LUMA).expand(3, 3)  # takes a colour to its luma, three times
     matrix = brightness * (saturation * torch.eye(3) + (1 - saturation) * gray) @ hue
-    matrix, offset = (t.to(images.device, non_blocking=True) for t in
+    matrix, offset = (to_device(t, images.device) for t in
                       (contrast * matrix, (1 - contrast) * brightness * gray))
     pixels = images.flatten(2)
     # The contrast's mean: luma is untouched by hue and saturation, and scaled by brightness.

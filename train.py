@@ -204,17 +204,26 @@ def main(cfg: Config) -> dict:
         log.info(f"{who}: {net.parameter_count / 1e6:.2f} M parameters, {net.image_size} px, grid "
                  f"{net.grid[0]}x{net.grid[1]}, width {net.embed_dim}")
     workers = min(4, cfg.workers) if device.type == "cuda" else 0
+    resident = None  # the stored images, when they are kept on the device
+    if cfg.store_device == "device" or (cfg.store_device == "auto" and device.type == "cuda" and
+                                        store.images.nbytes < torch.cuda.mem_get_info()[0] / 4):
+        resident = torch.from_numpy(store.images[:]).to(device)
     waited = 0.0  # seconds that the loop has waited for data
 
     def batches(epoch, samples, batch_size, *share):
+        """Yields images on the device, index [B], and what the bank holds of this epoch's view."""
         nonlocal waited
         order = data.epoch_order(len(store), samples, cfg.seed, epoch)
-        loader = data.loader(store, order, batch_size, *share, workers=workers, pin=workers > 0)
+        loader = data.loader(store if resident is None else None, order, batch_size, *share,
+                             workers=workers)
         begin = time.time()
-        for images, index in loader:
-            images = images.to(device, non_blocking=True)
+        for images, index, stored in loader:
+            if resident is None:
+                images = images.to(device, non_blocking=workers > 0)
+            else:
+                images = resident[data.to_device(index, device)]
             waited += time.time() - begin
-            yield images, index
+            yield images, index, stored
             begin = time.time()
 
     def ask_teacher(images, box):
@@ -224,15 +233,18 @@ def main(cfg: Config) -> dict:
     def view_of(number, index):
         return data.view(cfg.seed, number, index, (cfg.crop_scale, 1.0))
 
-    def targets_of(images, index, box, number):
+    def targets_of(images, index, box, number, stored):
         """Targets [B, T, K] of a view: out of the bank, where it has them."""
         if bank is None:
             return distiller.targets(ask_teacher(images, box))
-        rows = bank.missing(number, index)
-        if len(rows):
-            fresh = ask_teacher(images[rows.to(device, non_blocking=True)], box[rows])
-            bank.write(number, index[rows], distiller.targets(fresh))
-        return bank.read(number, index, device)  # also what was just written: a rerun is the same
+        tokens, scale = (part.to(device, non_blocking=True) for part in stored[:2])
+        missing = (stored[2] == 0).nonzero()[:, 0]
+        if len(missing):
+            rows = data.to_device(missing, device)
+            fresh = data.quantise(distiller.targets(ask_teacher(images[rows], box[missing])))
+            bank.write(number, index[missing], *fresh)
+            tokens[rows], scale[rows] = fresh
+        return data.dequantise(tokens, scale)  # also what is new: a rerun is the same
 
     # ---------------------------------------------------------------- from where
     step, metrics = 0, {}
@@ -248,7 +260,7 @@ def main(cfg: Config) -> dict:
         total = min(STAT_IMAGES, len(store)) // size
         first = batches(0, total * size, size)
         first = tqdm(first, "measuring the teacher", total, leave=False, disable=None)
-        distiller.fit_heads(ask_teacher(images, view_of(0, index)) for images, index in first)
+        distiller.fit_heads(ask_teacher(images, view_of(0, i)) for images, i, _ in first)
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
         distiller.compile()  # in place, so that state-dict keys stay plain
     module = distiller
@@ -259,7 +271,7 @@ def main(cfg: Config) -> dict:
     if 0 < cfg.teacher_views < cfg.epochs:
         heads = *distiller.cls_head.buffers(), *distiller.patch_head.buffers()
         key = models.fingerprint(teacher, *heads, store.path.name, dtype, student.grid, cfg.seed,
-                                 cfg.teacher_views, cfg.teacher_size, cfg.crop_scale)
+                                 cfg.teacher_size, cfg.crop_scale)
         shape = 1 + math.prod(student.grid), distiller.cls_head.out_dim
         bank = data.Bank(Path(cfg.cache_dir) / "banks" / key, cfg.teacher_views, len(store), *shape)
 
@@ -288,9 +300,10 @@ def main(cfg: Config) -> dict:
             if bank and teacher and bank.complete():
                 teacher = None  # it has said everything
                 log.info(f"epoch {epoch + 1}: the bank is complete, the teacher is dropped")
-            for images, index in batches(epoch, samples, cfg.batch_size, first, rank, world):
+            share = first, rank, world, bank, number
+            for images, index, stored in batches(epoch, samples, cfg.batch_size, *share):
                 box = view_of(number, index)
-                targets = targets_of(images, index, box, number)
+                targets = targets_of(images, index, box, number, stored)
                 student_view, local_views = data.student_views(images, index, box, cfg, epoch)
                 if step == rank == 0:
                     teacher_view = data.render(images[:8], box[:8], cfg.teacher_size)
