@@ -70,9 +70,9 @@ class Config:
     max_bad: float = option(0.01, "largest share of unreadable images to skip", low=0, high=1)
     cache_dir: str = option("cache", "where decoded images are kept; wants a fast local disk")
     num_workers: int = option(-1, "processes that decode and load; -1 = one per core", low=-1)
-    store_device: str = option("auto", "where decoded images are read from: the disk's memory map, "
-                               "or all at once onto the device; auto = onto a GPU if they take at "
-                               "most a quarter of it", choices=("auto", "disk", "device"))
+    store_device: str = option("auto", "where decoded images are kept while training: on disk, or "
+                               "on the device; auto = on a GPU if they take at most a quarter of "
+                               "its free memory", choices=("auto", "disk", "device"))
     crop_scale: float = option(0.4, "smallest area of a view, of the image's", low=0.01, high=1)
     jitter: float = option(0.4, "strength of the student's colour jitter; 0 = none", low=0, high=1)
 

@@ -25,6 +25,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.distributed as dist
@@ -207,7 +208,7 @@ def main(cfg: Config) -> dict:
     resident = None  # the stored images, when they are kept on the device
     if cfg.store_device == "device" or (cfg.store_device == "auto" and device.type == "cuda" and
                                         store.images.nbytes < torch.cuda.mem_get_info()[0] / 4):
-        resident = torch.from_numpy(store.images[:]).to(device)
+        resident = torch.from_numpy(store.images[np.arange(len(store))]).to(device)
     waited = 0.0  # seconds that the loop has waited for data
 
     def batches(epoch, samples, batch_size, *share):
