@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -38,6 +37,7 @@ log = logging.getLogger("distill")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 # RGB -> YIQ (NTSC, FCC 1953): hue is a rotation of its last two axes.
 YIQ = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
+MAX_PIXELS = 100_000_000  # of one encoded image
 LOCAL_SCALE = (0.05, 0.32)  # area of a local crop, DINOv2
 ORDER, VIEW, LOCAL, JITTER = range(4)  # streams of random numbers
 
@@ -168,9 +168,9 @@ class Shapes:
     def __len__(self):
         return self.count
 
-    def __getitem__(self, row: int) -> dict:
-        pixels, label = draw_shape(self.seed, row)
-        return dict(image=PIL.Image.fromarray(pixels), label=label)
+    def __getitems__(self, rows: list[int]) -> list[dict]:
+        drawn = (draw_shape(self.seed, row) for row in rows)
+        return [dict(image=PIL.Image.fromarray(pixels), label=label) for pixels, label in drawn]
 
 
 # ---------------------------------------------------------------------------- decoding
@@ -188,15 +188,15 @@ def decode(cell, size: int) -> np.ndarray:
         raise ValueError("no image")
     else:
         image = PIL.Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-        if size:
-            image.draft("RGB", (size, size))  # JPEG: decode at 1/2, 1/4, 1/8 where that suffices
-        image = PIL.ImageOps.exif_transpose(image)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, a decompression bomb?")
+    if size:
+        image.draft("RGB", (size, size))  # JPEG: decode at 1/2, 1/4, 1/8 where that suffices
+    PIL.ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16-bit: PIL would clip at 255 instead of scaling
         image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
-    if size:
+    if size and image.size != (size, size):
         image = PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
@@ -270,9 +270,8 @@ class _Decoder(Dataset):
 
     def __getitems__(self, rows: list[int]):
         images, labels, kept, bad = [], [], [], []
-        for row in rows:
+        for row, item in zip(rows, self.source.__getitems__(rows), strict=True):
             try:
-                item = self.source[row]
                 images.append(torch.from_numpy(decode(item[self.image], self.size)))
                 kept.append(row)
             except Exception as error:  # PIL raises nearly anything on hostile bytes
@@ -366,9 +365,9 @@ def subset(rows: np.ndarray, count: int) -> np.ndarray:
 
 def _native_size(source, image: str, rows, limit: int) -> int:
     sides = []
-    for row in rows[:64]:
+    for item in source.__getitems__(rows[:64].tolist()):
         try:
-            sides.append(min(decode(source[int(row)][image], 0).shape[1:]))
+            sides.append(min(decode(item[image], 0).shape[1:]))
         except Exception:  # counted and reported by the build
             continue
     return min(int(np.median(sides)), limit) if sides else limit
