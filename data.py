@@ -564,9 +564,9 @@ def render(images: Tensor, boxes: Tensor | None, size: int) -> Tensor:
     images: uint8 [B, 3, S, S]. boxes: float [B, 4], None for the whole image. Bicubic with
     anti-aliasing, as PIL's `resize(box=...)`; separable, so two matrix products per image do it.
     """
-    B, S = len(images), images.shape[-1]
+    S = images.shape[-1]
     if boxes is None:
-        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(B, 4)
+        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     boxes = to_device(boxes, images.device)
     across = _resize_matrix(boxes[:, 0], boxes[:, 2], size, S)
     down = _resize_matrix(boxes[:, 1], boxes[:, 3], size, S)

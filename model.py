@@ -408,7 +408,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
@@ -418,6 +418,6 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp16"
     elif precision == "auto":
-        native = device.type == "cpu" and _cpu_has_bf16()
+        native = device.type == "cpu" and cpu_has_bf16()
         precision = "bf16" if native else "fp32"
     return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]

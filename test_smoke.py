@@ -636,6 +636,26 @@ def test_resume_with_other_settings_is_refused_and_no_resume_keeps_the_old_run(t
     assert len(old) == 1 and (old[0] / "checkpoint_latest.pth").exists()
 
 
+def test_the_loop_reads_values_only_when_it_logs(tiny, monkeypatch):
+    """Anything else would make every step wait for the GPU; host-side indices are integers."""
+    names = "item tolist numpy cpu nonzero __bool__ __float__ __int__".split()
+    watched = {getattr(torch.Tensor, name): name for name in names}
+    steps, reads = [], []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in watched and args[0].dtype == torch.float32:
+                reads.append((len(steps), watched[func]))
+            return func(*args, **(kwargs or {}))
+
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda *a: steps.append(a[0]) or rate(*a))
+    with Watch():
+        train.main(tiny(epochs=4, log_every=3, teacher_views=2, local_crops=1, local_size=16))
+    during = {step for step, name in reads if 0 < step < len(steps)}
+    assert len(steps) == 20 and during == {3, 5, 6, 9, 10, 12, 15, 18}, reads
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tiny, monkeypatch):
     cfg = tiny(save_every=1, epochs=3)
     inner = model.LOSSES["cosine"]
@@ -668,6 +688,14 @@ def test_precisions_losses_and_heads_train(tiny, changes):
     assert train.main(cfg)["step"] == 10
     saved = torch.load(cfg.run_path / "checkpoint_latest.pth", weights_only=True)
     assert bool(saved["scaler"]) == (cfg.precision == "fp16"), "fp16 saves its loss scale"
+
+
+def test_a_store_that_was_cut_short_is_named(tiny, tmp_path):
+    cfg = tiny(cache_dir=str(tmp_path / "cache"))
+    (images,) = data.open_store(cfg, "train", 32, 80).path.glob("images.u8")
+    os.truncate(images, 79 * 3 * 32 * 32 + 5)
+    with pytest.raises(OSError, match="cut short"):
+        train.main(cfg)
 
 
 def test_a_run_is_not_continued_on_data_that_changed(tiny, tmp_path):
@@ -735,6 +763,28 @@ def test_the_teacher_is_asked_once_about_each_view_and_then_dropped(tiny, tmp_pa
     calls.clear()
     train.main(other)
     assert sum(calls) == 64, "another run with the same teacher finds everything in the bank"
+    calls.clear()
+    changes["teacher_views"] = 3
+    train.main(tiny(epochs=5, run_dir=str(tmp_path / "more"), **changes))
+    assert sum(calls) == 64 + 72, "one with more views asks about the new ones only"
+
+
+def test_a_run_whose_epochs_are_samples_fills_the_bank_as_it_goes(tiny, tmp_path, monkeypatch):
+    cfg = tiny(teacher_views=1, epochs=6, samples_per_epoch=32, cache_dir=str(tmp_path / "cache"))
+    calls = counted_teacher(monkeypatch)
+    train.main(cfg)
+    (done,) = (tmp_path / "cache" / "banks").glob("*/view_0/done")
+    done = np.fromfile(done, np.uint8)
+    assert 40 < done.sum() <= 80 and sum(calls) == 64 + done.sum(), "no image is asked about twice"
+
+
+def test_images_kept_on_the_device_train_the_same(tiny, tmp_path):
+    disk, device = (
+        tiny(store_device=kind, run_dir=str(tmp_path / kind)) for kind in ("disk", "device")
+    )
+    train.main(disk)
+    train.main(device)
+    assert same(weights(disk), weights(device))
 
 
 def test_the_bank_changes_the_losses_by_its_rounding_only(tiny, tmp_path):
@@ -788,13 +838,27 @@ def test_knn_predicts_what_scikit_learn_predicts(features, k):
     assert (predicted.numpy() == reference.predict(q.double())).all()
 
 
+@pytest.mark.parametrize("alike", [0.0, 3.0])
+def test_neighbours_proposed_in_bf16_are_the_exact_ones(alike):
+    """Also when all vectors are nearly the same, and bf16 cannot tell them apart."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2000, 24, generator=generator) + alike * 10
+    x = F.normalize(x, dim=1)
+    queries, train_rows = x[:50], x[50:]
+    cos, rows = evaluation.nearest(queries, train_rows, train_rows.bfloat16(), 20)
+    exact_cos, exact_rows = evaluation.nearest(queries, train_rows, None, 20)
+    assert torch.allclose(cos, exact_cos, atol=1e-6) and (rows == exact_rows).float().mean() > 0.99
+    guess = (queries.bfloat16() @ train_rows.bfloat16().T).topk(20).indices
+    assert (guess == exact_rows).float().mean() < 0.9, "bf16 alone would be wrong"
+
+
 @pytest.mark.parametrize("C", [1e-3, 1.0, 100.0])
 def test_the_linear_probe_predicts_what_scikit_learn_predicts(features, C):
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y, q, _ = (t.double() if t.is_floating_point() else t for t in features)
     w = evaluation.fit_probe(x, y, 7, C, tolerance=1e-8)
     reference = linear_model.LogisticRegression(C=C, max_iter=5000, tol=1e-8).fit(x, y)
-    assert ((q @ w[:-1] + w[-1]).argmax(1).numpy() == reference.predict(q)).all()
+    assert (F.linear(q, w[:, :-1], w[:, -1]).argmax(1).numpy() == reference.predict(q)).all()
 
 
 def test_the_probe_chooses_its_strength_without_the_test_split(features):
