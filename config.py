@@ -11,14 +11,17 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
 # datasets and huggingface_hub report usage unless told otherwise; this project never phones home.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what a full disk answers
 HUB_TIMEOUT = 5  # seconds to wait for the Hub's first answer before working offline
 
 DATASETS = {  # short name -> (name on the Hub, label column)
@@ -250,14 +253,26 @@ def parse(cls, argv: list[str], *checks):
 
 
 def cli(main, cls, *checks) -> None:
-    """Run main(parse(cls, argv)); what the user can mend becomes a message and exit status 2."""
+    """Run main(parse(cls, argv)); what the user can mend becomes a message and exit status 2.
+
+    Being told to stop ends with 128 + the signal; train.py's loop has its own, gentler way.
+    """
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         main(parse(cls, sys.argv[1:], *checks))
     except (UserError, OSError, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}" if str(error) else "interrupted", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+        if isinstance(error, KeyboardInterrupt):
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(128 + (error.args or [signal.SIGINT])[0])
+        full = ": make space, then the same command goes on" * (getattr(error, "errno", 0) in FULL)
+        print(f"error: {error}{full}", file=sys.stderr)
+        sys.exit(2)
 
 
 def hub_online() -> None:

@@ -9,6 +9,7 @@ Axes: B batch, S stored size in pixels. A box is (x, y, w, h) in shares of the i
 negative width is mirrored.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import signal
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageOps
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -288,6 +290,11 @@ def _same(batch):
     return batch
 
 
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the first decides what to do about it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def open_store(cfg, split: str, size_limit: int, max_samples: int = 0) -> Store:
     """The store of one split, built first if it is not there yet.
 
@@ -307,8 +314,7 @@ def open_store(cfg, split: str, size_limit: int, max_samples: int = 0) -> Store:
     digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]
     slug = re.sub(r"\W+", "_", cfg.dataset).strip("_").lower()[-40:]
     path = Path(cfg.cache_dir) / "stores" / f"{slug}-{split or 'test'}-{digest}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # other ranks and other runs wait here for the one that builds
+    with locked(path):  # other ranks and other runs wait here for the one that builds
         if not path.exists():
             _build_store(cfg, split, size_limit, max_samples, path)
     return Store(path)
@@ -325,35 +331,62 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
     size = cfg.store_size or _native_size(source, image, rows, size_limit)
     decoder = _Decoder(source, image, label, size)
     batches = DataLoader(decoder, 256, sampler=rows.tolist(), num_workers=cfg.workers,
-                         collate_fn=_same)
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a build that was killed
-    temporary.mkdir()
+                         collate_fn=_same, worker_init_fn=_ignore_interrupt)
     name, labels, kept, bad = f"{cfg.dataset} {split}", [], [], []
     progress = tqdm(total=len(rows), unit="img", desc=f"decoding {name}", disable=None)
-    with open(temporary / "images.u8", "wb") as file, progress:
+    with new_folder(path) as folder, open(folder / "images.u8", "wb") as file, progress:
         for images, batch_labels, batch_kept, batch_bad in batches:
             if images is not None:
-                file.write(images.numpy().tobytes())
+                file.write(images.numpy().data)
             labels += batch_labels
             kept += batch_kept
             bad += batch_bad
             progress.update(len(batch_kept) + len(batch_bad))
-    if not kept or len(bad) > cfg.max_bad * len(rows):
-        shutil.rmtree(temporary)
-        some = "".join(f"\n  row {row}: {why}" for row, why in bad[:5])
         if not len(rows):
             raise UserError(f"dataset {name} is empty")
-        raise UserError(f"{len(bad)} of {len(rows)} images of {name} cannot be read, more than "
-                        f"--max_bad {cfg.max_bad:.0%}:{some}")
+        if not kept or len(bad) > cfg.max_bad * len(rows):
+            some = "".join(f"\n  row {row}: {why}" for row, why in bad[:5])
+            raise UserError(f"{len(bad)} of {len(rows)} images of {name} cannot be read, more than "
+                            f"--max_bad {cfg.max_bad:.0%}:{some}")
+        np.save(folder / "labels.npy", np.array(labels, np.int64))
+        np.save(folder / "rows.npy", np.array(kept, np.int64))
+        info = dict(dataset=cfg.dataset, split=split, label_column=label, images=len(kept),
+                    size=size, unreadable=bad)
+        (folder / "info.json").write_text(json.dumps(info))
     if bad:
         log.warning(f"skipped {len(bad)} unreadable images of {name}, listed in {path}/info.json")
-    np.save(temporary / "labels.npy", np.array(labels, np.int64))
-    np.save(temporary / "rows.npy", np.array(kept, np.int64))
-    info = dict(dataset=cfg.dataset, split=split, label_column=label, images=len(kept), size=size,
-                unreadable=bad)
-    (temporary / "info.json").write_text(json.dumps(info))
-    temporary.rename(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Let one process at a time make `path`; the others say that they wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning(f"waiting for another process that makes {path}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def new_folder(path: Path):
+    """A temporary folder that is given its name when all is in it, and removed when that fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
 
 
 def subset(rows: np.ndarray, count: int) -> np.ndarray:
@@ -407,7 +440,8 @@ def loader(store: Store | None, order: np.ndarray, batch_size: int, first: int =
     full = np.resize(order, -(-len(order) // batch_size) * batch_size)
     full = full.reshape(-1, world, batch_size // world)
     return DataLoader(_Rows(store, bank, view), batch_sampler=list(full[first:, rank]),
-                      num_workers=workers, collate_fn=_same, pin_memory=workers > 0)
+                      num_workers=workers, collate_fn=_same, pin_memory=workers > 0,
+                      worker_init_fn=_ignore_interrupt)
 
 
 def to_device(tensor: Tensor, device) -> Tensor:
@@ -440,8 +474,7 @@ class Bank:
         self.kinds = dict(tokens=("i1", (images, tokens, width)), scale=("f2", (images, tokens)),
                           done=("u1", (images,)))
         folders = [path / f"view_{number}" for number in range(views)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(path):
             self._reserve(folders)
         self.tokens, self.scale = (
             [RowFile(folder / name, *self.kinds[name], write=True) for folder in folders]
@@ -465,15 +498,12 @@ class Bank:
                             f"{fit} {'fits' if fit else 'needs none'}, or choose another "
                             "--cache_dir")
         for folder in new:
-            temporary = folder.with_name(folder.name + ".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for name, size in sizes.items():
-                with open(temporary / name, "wb") as file:
-                    os.truncate(file.fileno(), size)
-                    if hasattr(os, "posix_fallocate"):  # else a full disk breaks a later write
-                        os.posix_fallocate(file.fileno(), 0, size)
-            temporary.rename(folder)
+            with new_folder(folder) as temporary:
+                for name, size in sizes.items():
+                    with open(temporary / name, "wb") as file:
+                        os.truncate(file.fileno(), size)
+                        if hasattr(os, "posix_fallocate"):  # else a full disk breaks a later write
+                            os.posix_fallocate(file.fileno(), 0, size)
 
     def read(self, view: int, rows) -> tuple[Tensor, Tensor, Tensor]:
         """What is stored of a view: tokens int8 [B, T, K], scale float16 [B, T], done uint8 [B].

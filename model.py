@@ -399,12 +399,14 @@ def spread(embeddings: Tensor) -> Tensor:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: a CUDA GPU, else an Apple one, else the CPU."""
+    """auto: a CUDA GPU, else an Apple one, else the CPU. To be called before models are made."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
         name = next(device for device, is_here in here.items() if is_here)
     if not here[name]:
         raise UserError(f"--device {name}: torch finds no such device here")
+    # On a CPU attention written out trains small ViTs up to twice as fast as torch's fused one.
+    timm.layers.set_fused_attn(name != "cpu")
     return torch.device(name)
 
 

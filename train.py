@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -39,7 +40,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import data
 import eval as evaluation
 import model as models
-from config import FREE_ON_RESUME, Config, EvalConfig, UserError, cli, validate
+from config import FREE_ON_RESUME, Config, EvalConfig, UserError, cli, reason, validate
 
 STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
 SAVE_SECONDS = 600  # longest time between two writes of checkpoint_latest.pth
@@ -72,12 +73,25 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]
 
 
 def write_atomically(path: Path, write) -> None:
-    """Run write(temporary path), flush it to the disk, and only then give it its name."""
+    """Run write(temporary path), flush it to the disk, and only then give it its name.
+
+    Raises UserError when it cannot be written; what had the name before is intact.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {reason(error)}. Make space, then the same command "
+                        "goes on from the last checkpoint") from error
+
+
+class LogFile(logging.FileHandler):
+    def handleError(self, record):
+        raise  # a full disk; logging would print a traceback and go on
 
 
 def open_log(run: Path, rank: int) -> None:
@@ -85,7 +99,7 @@ def open_log(run: Path, rank: int) -> None:
     log.handlers.clear()
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.propagate = False
-    files = [logging.FileHandler(run / "train.log")] if rank == 0 else []
+    files = [LogFile(run / "train.log")] if rank == 0 else []
     for handler in (logging.StreamHandler(sys.stdout), *files):
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
@@ -98,7 +112,7 @@ def forget_after(step: int, path: Path) -> None:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept))
+    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
 @contextlib.contextmanager
@@ -154,9 +168,19 @@ def main(cfg: Config) -> dict:
     Raises UserError for what the user can mend, SystemExit(128 + signal) when told to stop.
     """
     validate(cfg, models.problems)
-
-    # ---------------------------------------------------------------- where
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cfg.run_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{cfg.run_path}.lock", timeout=0) if rank == 0 else contextlib.nullcontext()
+    try:
+        with lock:
+            return fit(cfg, rank, world)
+    except Timeout:
+        raise UserError(f"another process is training in {cfg.run_path}: choose another --run_dir, "
+                        "or wait for it") from None
+
+
+def fit(cfg: Config, rank: int, world: int) -> dict:
+    # ---------------------------------------------------------------- where
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -357,11 +381,6 @@ def main(cfg: Config) -> dict:
                                 "Try a lower --lr, --head pca, or a longer --warmup_epochs")
                 if rank == 0:
                     done = step // steps_per_epoch
-                    if end_of_epoch or stopping or time.time() - last_save > SAVE_SECONDS:
-                        due = cfg.save_every and done % cfg.save_every == 0 or step == total_steps
-                        kept = [run / f"checkpoint_epoch_{done}.pth"] * bool(end_of_epoch and due)
-                        save(latest, *kept)
-                        last_save = time.time()
                     if end_of_epoch and cfg.eval_every and done % cfg.eval_every == 0:
                         try:
                             bench = evaluation.Bench(cfg, *QUICK_EVAL)
@@ -370,8 +389,14 @@ def main(cfg: Config) -> dict:
                         except UserError as error:  # training goes on without it
                             log.warning(f"epoch {done}: no k-NN check: {error}")
                         student.train()
+                    known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
                     with open(run / "metrics.jsonl", "a") as file:
-                        file.write(json.dumps(metrics) + "\n")
+                        file.write(json.dumps(known) + "\n")
+                    if end_of_epoch or stopping or time.time() - last_save > SAVE_SECONDS:
+                        due = cfg.save_every and done % cfg.save_every == 0 or step == total_steps
+                        kept = [run / f"checkpoint_epoch_{done}.pth"] * bool(end_of_epoch and due)
+                        save(*kept, latest)  # in this order: killed in between, both come again
+                        last_save = time.time()
                 if stopping:
                     log.info(f"stopped after step {step}/{total_steps}; the same command goes on")
                     raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
