@@ -269,6 +269,9 @@ class Bench:
 
     def judge(self, train: Tensor, test: Tensor, probe: bool = True) -> dict:
         """Accuracies, if there are labels, and diagnostics of one model's features."""
+        if not (train.isfinite().all() and test.isfinite().all()):
+            raise UserError("features are not finite: the model has diverged, or overflows in "
+                            "--precision fp16")
         # Apple's GPUs have no float64: there the judges work on the CPU.
         device = self.device if self.device.type == "cuda" else "cpu"
         train, y, test, y_test = (t.to(device) for t in (train, self.y, test, self.y_test))

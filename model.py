@@ -306,7 +306,7 @@ class Head(nn.Module):
             axes = torch.linalg.qr(tall).Q
             self.basis.copy_(axes if axes.shape == random.shape else axes.T)
         if self.standardise:
-            std = (centred @ self.basis if self.basis is not None else centred).std(0)
+            std = (centred @ self.basis if self.basis is not None else centred).std(0, correction=0)
             self.scale.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0))
 
     @torch.no_grad()

@@ -209,7 +209,7 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
     teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights).to(device)
     # Only now, with data and teacher at hand, is anything written that belongs to the run.
     if not cfg.resume and run.exists() and rank == 0:
-        run.rename(f"{run}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        run.rename(f"{run}.old-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
     if world > 1:
         dist.barrier()
     run.mkdir(parents=True, exist_ok=True)
@@ -366,11 +366,13 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
                 metrics = dict(zip(models.Distiller.STATS, means, strict=True), step=step,
                                epoch=step / steps_per_epoch, lr=lr, norm=norm,
                                images_per_s=images_seen / seconds, data=waited / seconds)
-                if not math.isfinite(metrics["loss"]):
+                # A norm may be infinite in fp16: the scaler then leaves the step out.
+                if not math.isfinite(metrics["loss"] + (0 if scaler.is_enabled() else norm)):
                     raise UserError(
-                        f"the loss became {metrics['loss']} between steps {logged} and {step}, at "
-                        f"learning rate {lr:.1e}. Try a lower --lr or --precision fp32; the last "
-                        f"good state is {latest if latest.exists() else 'the beginning'}")
+                        f"the loss became {metrics['loss']}, its gradient's norm {norm}, between "
+                        f"steps {logged} and {step}, at learning rate {lr:.1e}. Try a lower --lr "
+                        "or --precision fp32; the last good state is "
+                        f"{latest if latest.exists() else 'the beginning'}")
                 sums.zero_()
                 eta = (total_steps - step) * seconds / (step - logged)
                 logged, since, waited = step, time.time(), 0.0

@@ -1,6 +1,7 @@
 """Any combination of settings trains, or is refused by one message that names every wrong field."""
 
 import math
+import shutil
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -79,7 +80,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("properties")
     return dict(
         dataset="shapes", teacher="demo", teacher_size=32, student="vit_tiny_patch16_224",
-        student_size=32, max_samples=16, batch_size=8, epochs=1, device="cpu", resume=False,
+        student_size=32, max_samples=16, batch_size=8, epochs=1, device="cpu",
         num_workers=0, cache_dir=str(folder / "cache"), run_dir=str(folder / "run"),
     )  # fmt: skip
 
@@ -95,6 +96,7 @@ def arguments(cfg: dict) -> str:
 def test_any_valid_settings_train_or_are_refused_with_a_reason(base, given_fields):
     cfg = base | given_fields
     cfg["student_args"] = arguments(cfg)
+    shutil.rmtree(cfg["run_dir"], ignore_errors=True)
     try:
         metrics = train.main(Config(**cfg))
     except UserError as error:
