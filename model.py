@@ -14,6 +14,7 @@ line of PHI-S (Ranzinger et al. 2024), learned heads in that of Proteus and UNIC
 import ast
 import functools
 import hashlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def _create(name: str, image_size: int, **timm_kwargs) -> nn.Module:
 
 @functools.cache
 def describe(name: str, image_size: int, timm_kwargs: tuple = ()) -> dict:
-    """embed_dim, grid, parameters and whether its output is tokens, of a timm model.
+    """embed_dim, grid, parameters, and whether it gives tokens and has batch norm, of a timm model.
 
     Found on the meta device, without memory or weights. Raises what timm raises for arguments the
     model does not take, and UserError for a size that is not a multiple of its patch, of which timm
@@ -111,7 +112,9 @@ def describe(name: str, image_size: int, timm_kwargs: tuple = ()) -> dict:
         else:
             grid, width = net.patch_embed.grid_size, x.shape[-1]
     count = sum(p.numel() for p in net.parameters())
-    return dict(embed_dim=width, grid=tuple(grid), parameters=count, tokens=x.ndim == 3)
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+    return dict(embed_dim=width, grid=tuple(grid), parameters=count, tokens=x.ndim == 3,
+                batch_norm=batch_norm)
 
 
 def _teacher_spec(name: str) -> tuple[str, dict]:
@@ -161,6 +164,10 @@ def problems(cfg) -> list[str]:
             if role == "student" and count > cfg.max_student_params:
                 found.append(f"--student {name}: {count / 1e6:.1f} M parameters, more than "
                              f"--max_student_params {cfg.max_student_params / 1e6:.0f} M")
+            each = cfg.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+            if role == "student" and each == 1 and infos[0]["batch_norm"]:
+                found.append(f"--batch_size {cfg.batch_size}: {name} has batch norm, which needs "
+                             "two images in every process")
     return found
 
 

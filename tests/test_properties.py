@@ -112,3 +112,8 @@ def test_every_wrong_field_is_named_in_one_message(base, wrong, fine):
         train.main(Config(**(base | fine | wrong)))
     missing = [name for name in wrong if f"--{name}" not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"
+
+
+def test_batch_norm_of_one_image_is_refused(base):
+    with pytest.raises(UserError, match="--batch_size 1: test_resnet has batch norm"):
+        train.main(Config(**base | dict(student="test_resnet", batch_size=1)))
