@@ -31,12 +31,11 @@ from model import (
     Distiller,
     build_student,
     cpu_has_bf16,
-    describe,
     load_teacher,
     pick_device,
     pick_dtype,
     spread,
-    student_kwargs,
+    student_arguments,
 )
 
 TEMPERATURE = 0.07  # of k-NN votes, DINO
@@ -199,9 +198,7 @@ def read_checkpoint(path: Path) -> tuple[dict, Config]:
 def student_of(cfg: Config, weights: dict | None = None) -> Backbone:
     """The student of a config: with a checkpoint's weights, or as it was before training."""
     torch.manual_seed(cfg.seed)
-    args = student_kwargs(cfg.student_args)
-    if cfg.local_crops and describe(cfg.student, cfg.student_size, tuple(args.items()))["tokens"]:
-        args["dynamic_img_size"] = True  # one ViT for views of two sizes
+    args = student_arguments(cfg)
     student = build_student(cfg.student, cfg.student_size, cfg.pool, **args)
     if weights:
         try:

@@ -141,9 +141,11 @@ def problems(cfg) -> list[str]:
     """What does not fit the models of a Config, found before anything is downloaded or written."""
     known, found = timm.list_models(), []
     name, kwargs = _teacher_spec(cfg.teacher)
-    sides = [("teacher", name, kwargs, [cfg.teacher_size], [*TEACHERS, "demo", *known])]
+    sides = [("teacher", name, kwargs, dict(teacher_size=cfg.teacher_size),
+              [*TEACHERS, "demo", *known])]
     try:
-        sizes = [cfg.student_size] + [cfg.local_size] * (cfg.local_crops > 0)
+        sizes = dict(student_size=cfg.student_size)
+        sizes |= dict(local_size=cfg.local_size) if cfg.local_crops else {}
         sides.append(("student", cfg.student, student_kwargs(cfg.student_args), sizes, known))
     except UserError as error:
         found.append(str(error))
@@ -152,23 +154,44 @@ def problems(cfg) -> list[str]:
             found.append(f"--{role} {name}: not among the models of timm {timm.__version__}"
                          f"{nearest(name, names)}")
             continue
-        try:
-            infos = [describe(name, size, tuple(kwargs.items())) for size in sizes]
-        except UserError as error:
-            found.append(f"--{role}_size: {error}")
-        except Exception as error:  # timm models fail in many ways on what they do not take
-            found.append(f"--{role} {name}: timm cannot build it at {sizes} px with "
-                         f"{kwargs}: {error}")
-        else:
-            count = infos[0]["parameters"]
-            if role == "student" and count > cfg.max_student_params:
-                found.append(f"--student {name}: {count / 1e6:.1f} M parameters, more than "
-                             f"--max_student_params {cfg.max_student_params / 1e6:.0f} M")
-            each = cfg.batch_size // int(os.environ.get("WORLD_SIZE", 1))
-            if role == "student" and each == 1 and infos[0]["batch_norm"]:
-                found.append(f"--batch_size {cfg.batch_size}: {name} has batch norm, which needs "
-                             "two images in every process")
+        before = len(found)
+        for flag, size in sizes.items():
+            try:
+                info = describe(name, size, tuple(kwargs.items()))
+            except UserError as error:
+                found.append(f"--{flag}: {error}")
+            except Exception as error:  # timm models fail in many ways on what they do not take
+                found.append(f"--{role} {name}: timm cannot build it at {size} px with "
+                             f"{kwargs}: {error}")
+        if role == "student" and len(found) == before:
+            found += _student_problems(cfg, info)
     return found
+
+
+def _student_problems(cfg, info: dict) -> list[str]:
+    found, name = [], cfg.student
+    if info["parameters"] > cfg.max_student_params:
+        found.append(f"--student {name}: {info['parameters'] / 1e6:.1f} M parameters, more than "
+                     f"--max_student_params {cfg.max_student_params / 1e6:.0f} M")
+    if cfg.batch_size == int(os.environ.get("WORLD_SIZE", 1)) and info["batch_norm"]:
+        found.append(f"--batch_size {cfg.batch_size}: {name} has batch norm, which needs two "
+                     "images in every process")
+    if cfg.local_crops:
+        try:
+            with torch.device("meta"):
+                net = _create(name, cfg.student_size, **student_arguments(cfg)).eval()
+                net.forward_features(torch.zeros(1, 3, cfg.local_size, cfg.local_size))
+        except Exception:  # each model has its own way to say so
+            found.append(f"--local_crops {cfg.local_crops}: {name} takes images of one size only")
+    return found
+
+
+def student_arguments(cfg) -> dict:
+    """The timm arguments of a Config's student."""
+    kwargs = student_kwargs(cfg.student_args)
+    if cfg.local_crops and describe(cfg.student, cfg.student_size, tuple(kwargs.items()))["tokens"]:
+        kwargs["dynamic_img_size"] = True  # one ViT for views of two sizes
+    return kwargs
 
 
 def build_student(name: str, image_size: int, pool: str = "cls", **timm_kwargs) -> Backbone:

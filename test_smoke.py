@@ -109,6 +109,11 @@ def test_flags_override_the_preset_and_no_resume_is_a_switch():
         (dict(student="vit_large_patch16_224", student_args=""), "303.1 M parameters"),
         (dict(student_args="depth"), "name=value"),
         (dict(student_args="depht=6"), "depht"),
+        (dict(local_crops=1, local_size=40), "--local_size: 40 px is not a multiple"),
+        (
+            dict(student="swin_tiny_patch4_window7_224", student_args="", local_crops=1),
+            "--local_crops 1: swin_tiny_patch4_window7_224 takes images of one size only",
+        ),
     ],
 )
 def test_models_that_do_not_fit_are_refused_before_anything_is_written(tiny, changes, words):
