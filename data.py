@@ -182,21 +182,35 @@ def decode(cell, size: int) -> np.ndarray:
     """An encoded image -> uint8 [3, size, size]: upright RGB, short side resized, centre-cropped.
 
     cell: a PIL image, or {"bytes", "path"} as `datasets` gives it. size 0 keeps the image as it is.
+    What is transparent is laid on white; of an animation the first frame counts. White is 65535 in
+    gray images of more than 8 bits, 1.0 in those of floats, and the brightest pixel if it is above.
     Raises ValueError, OSError or a PIL error when the image cannot be read.
     """
     if isinstance(cell, PIL.Image.Image):
         image = cell
-    elif not cell or not (cell.get("bytes") or cell.get("path")):
-        raise ValueError("no image")
     else:
-        image = PIL.Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
+        cell = cell or {}  # NULL
+        # Beside bytes, even none at all, a path is only a name, and not of a file here.
+        file = cell.get("path") if cell.get("bytes") is None else io.BytesIO(cell["bytes"])
+        if not file:
+            raise ValueError("no image")
+        image = PIL.Image.open(file)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels, a decompression bomb?")
+    if image.format == "EPS":
+        raise ValueError("PostScript is a program, which Pillow would have Ghostscript run")
     if size:
         image.draft("RGB", (size, size))  # JPEG: decode at 1/2, 1/4, 1/8 where that suffices
-    PIL.ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16-bit: PIL would clip at 255 instead of scaling
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image.load()
+    with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the pixels
+        PIL.ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":  # 16 bits, 32 bits, floats: PIL would clip at 255 instead of scaling
+        deep = np.nan_to_num(np.asarray(image, np.float32), posinf=0).clip(0)
+        white = max(65535 if image.mode[0] == "I" else 1, deep.max())
+        image = PIL.Image.fromarray((deep * (255 / white)).round().astype(np.uint8))
+    if image.has_transparency_data:  # PIL would show the colour that nobody was meant to see
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     if size and image.size != (size, size):
         image = PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BICUBIC)
@@ -236,7 +250,7 @@ class Store:
     """Decoded images in a folder: images `uint8 [N, 3, S, S]` (RowFile), labels `int64 [N]`.
 
     Labels are -1 where there are none. `rows` are the images' positions in the source; `info` says
-    what the store was made from and lists the images that could not be read.
+    what the store was made from and lists (row, file, reason) of what could not be read.
     """
 
     def __init__(self, path: Path):
@@ -277,7 +291,9 @@ class _Decoder(Dataset):
                 images.append(torch.from_numpy(decode(item[self.image], self.size)))
                 kept.append(row)
             except Exception as error:  # PIL raises nearly anything on hostile bytes
-                bad.append((row, f"{type(error).__name__}: {error}"[:200]))
+                file = (item[self.image] or {}).get("path") or ""
+                why = f"{type(error).__name__}: {error}".split(" <_io.")[0]  # bytes have no name
+                bad.append((row, file, why[:200]))
                 continue
             try:
                 labels.append(int(item[self.label]))
@@ -345,9 +361,10 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
         if not len(rows):
             raise UserError(f"dataset {name} is empty")
         if not kept or len(bad) > cfg.max_bad * len(rows):
-            some = "".join(f"\n  row {row}: {why}" for row, why in bad[:5])
-            raise UserError(f"{len(bad)} of {len(rows)} images of {name} cannot be read, more than "
-                            f"--max_bad {cfg.max_bad:.0%}:{some}")
+            some = "".join("\n  " + f"row {row} {place}".strip() + f": {why}"
+                           for row, place, why in bad[:5])
+            raise UserError(f"{len(bad)} of {len(rows)} images of {name} cannot be read, and "
+                            f"--max_bad {cfg.max_bad:g} is the largest share to skip:{some}")
         np.save(folder / "labels.npy", np.array(labels, np.int64))
         np.save(folder / "rows.npy", np.array(kept, np.int64))
         info = dict(dataset=cfg.dataset, split=split, label_column=label, images=len(kept),

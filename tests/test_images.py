@@ -1,0 +1,334 @@
+"""Every kind of image that people have, in a parquet file and in a folder, and what becomes of it.
+
+One table: a name, what is in the file or the cell, and the outcome. Most pictures are four coloured
+quarters, so that their outcome shows orientation, colours and the frame that was taken.
+"""
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pyarrow.parquet
+import pytest
+
+import data
+from config import Config, UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Image size")  # PIL's, of the smaller bomb
+
+COLOURS = dict(
+    r=(255, 0, 0),
+    g=(0, 255, 0),
+    b=(0, 0, 255),
+    y=(255, 255, 0),
+    k=(0, 0, 0),
+    d=(85, 85, 85),  # dark gray
+    m=(128, 128, 128),
+    l=(170, 170, 170),  # light gray
+    w=(255, 255, 255),
+)
+TOLERANCE = 24  # of 255: JPEG and LAB are lossy; colours above differ by 42 and more
+SIDE = 64  # of most pictures; they are stored at half of it
+
+
+def quarters(*values, dtype=np.uint8) -> np.ndarray:
+    """Upper left, upper right, lower left, lower right: [SIDE, SIDE] or [SIDE, SIDE, channels]."""
+    values = np.array(values, dtype).reshape(2, 2, -1).squeeze()
+    return values.repeat(SIDE // 2, 0).repeat(SIDE // 2, 1)
+
+
+def picture(colours: str = "rgby", alpha: tuple = ()) -> PIL.Image.Image:
+    image = PIL.Image.fromarray(quarters(*(COLOURS[c] for c in colours)))
+    if alpha:
+        image.putalpha(gray(*alpha))
+    return image
+
+
+def gray(*values, dtype=np.uint8) -> PIL.Image.Image:
+    return PIL.Image.fromarray(quarters(*values, dtype=dtype))
+
+
+def palette(*fourth: int) -> PIL.Image.Image:
+    image = gray(0, 1, 2, 3)
+    image.putpalette([*COLOURS["r"], *COLOURS["g"], *COLOURS["b"], *fourth])
+    return image
+
+
+def stripe(size: tuple) -> PIL.Image.Image:
+    """Red in the middle, green at the ends."""
+    image = PIL.Image.new("RGB", size, COLOURS["g"])
+    image.paste(COLOURS["r"], tuple(v // 3 for v in size) + tuple(-(-2 * v // 3) for v in size))
+    return image
+
+
+def noise() -> PIL.Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def saved(image: PIL.Image.Image, kind: str, **how) -> bytes:
+    image.save(buffer := io.BytesIO(), kind, **how)
+    return buffer.getvalue()
+
+
+def turned(kind: str, orientation: int, **how) -> bytes:
+    exif = PIL.Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "a camera"
+    return saved(picture(), kind, exif=exif, **how)
+
+
+def unwritable(photo: bytes) -> bytes:
+    """The camera's name (tag 271) becomes the image's width (256), which is no text."""
+    return photo.replace(b"\x01\x0f\0\x02", b"\x01\x00\0\x02")
+
+
+def animated(kind: str, **how) -> bytes:
+    return saved(picture(), kind, save_all=True, append_images=[picture("kkkk")], **how)
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) * 3 // 4]
+
+
+def raw_png(width: int, height: int, depth: int, colour_type: int, pixels: bytes) -> bytes:
+    """A PNG by its specification: what PIL cannot write, or would take long to."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(pixels)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def deep_png(colour_type: int, *values) -> bytes:
+    pixels = quarters(*values, dtype=">u2").reshape(SIDE, -1)
+    lines = (b"\0" + line.tobytes() for line in pixels * 257)  # "\0": not predicted from another
+    return raw_png(SIDE, SIDE, 16, colour_type, b"".join(lines))
+
+
+def directory(path: Path):
+    path.mkdir()
+
+
+def dangling_link(path: Path):
+    path.symlink_to("nowhere.jpg")
+
+
+def link(path: Path):
+    path.with_name("origin").write_bytes(saved(picture(), "png"))  # no image by its name
+    path.symlink_to("origin")
+
+
+def pipe(path: Path):
+    os.mkfifo(path)
+
+
+def locked(path: Path):
+    path.write_bytes(saved(picture(), "png"))
+    path.chmod(0)
+
+
+QUARTERS_16 = 0, 0x5555, 0xAAAA, 0xFFFF  # k, d, l, w
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+PASSED_OVER = None
+
+# Content: bytes, for both sources; a function of a path, for the folder; a cell, for the parquet
+# file. Outcome: the four quarters; words of the reason; or PASSED_OVER, what `datasets` does not
+# take for a file.
+CASES = [
+    ("plain.png", saved(picture(), "png"), "rgby"),
+    ("plain.bmp", saved(picture(), "bmp"), "rgby"),
+    ("plain.gif", saved(picture(), "gif"), "rgby"),
+    ("plain.tif", saved(picture(), "tiff"), "rgby"),
+    ("plain.webp", saved(picture(), "webp", lossless=True), "rgby"),
+    ("baseline.jpg", saved(picture(), "jpeg", quality=95), "rgby"),
+    ("progressive.jpg", saved(picture(), "jpeg", quality=95, progressive=True), "rgby"),
+    ("upper case.JPG", saved(picture(), "jpeg", quality=95), "rgby"),
+    ("odd näme #1 [2].png", saved(picture(), "png"), "rgby"),
+    ("png by another name.jpg", saved(picture(), "png"), "rgby"),
+    # a photograph held upright
+    ("exif 1.jpg", turned("jpeg", 1, quality=95), "rgby"),
+    ("exif 2.jpg", turned("jpeg", 2, quality=95), "gryb"),
+    ("exif 3.jpg", turned("jpeg", 3, quality=95), "ybgr"),
+    ("exif 4.jpg", turned("jpeg", 4, quality=95), "byrg"),
+    ("exif 5.jpg", turned("jpeg", 5, quality=95), "rbgy"),
+    ("exif 6.jpg", turned("jpeg", 6, quality=95), "bryg"),
+    ("exif 7.jpg", turned("jpeg", 7, quality=95), "ygbr"),
+    ("exif 8.jpg", turned("jpeg", 8, quality=95), "gyrb"),
+    ("exif 9.jpg", turned("jpeg", 9, quality=95), "rgby"),
+    ("exif junk.jpg", saved(picture(), "jpeg", quality=95, exif=b"Exif\0\0junk"), "rgby"),
+    ("exif junk.png", saved(picture(), "png", exif=b"Exif\0\0junk"), "rgby"),
+    ("exif unwritable.jpg", unwritable(turned("jpeg", 6, quality=95)), "bryg"),
+    ("exif 6.png", turned("png", 6), "bryg"),
+    ("exif 6.webp", turned("webp", 6, lossless=True), "bryg"),
+    ("exif 6.tif", turned("tiff", 6), "bryg"),
+    # other colours
+    ("gray.png", saved(gray(0, 85, 170, 255), "png"), "kdlw"),
+    ("gray.jpg", saved(gray(0, 85, 170, 255), "jpeg", quality=95), "kdlw"),
+    ("one bit.png", saved(picture("kwwk").convert("1"), "png"), "kwwk"),
+    ("palette.png", saved(palette(255, 255, 0), "png"), "rgby"),
+    ("cmyk.jpg", saved(picture().convert("CMYK"), "jpeg", quality=95), "rgby"),
+    ("cmyk.tif", saved(picture().convert("CMYK"), "tiff"), "rgby"),
+    ("lab.tif", saved(picture().convert("LAB"), "tiff"), "rgby"),
+    # more than 8 bits
+    ("16 bit.png", saved(gray(*QUARTERS_16, dtype=np.uint16), "png"), "kdlw"),
+    ("16 bit.tif", saved(gray(*QUARTERS_16, dtype=np.uint16), "tiff"), "kdlw"),
+    ("16 bit dark.png", saved(gray(0, 0x5555, 0x5555, 0, dtype=np.uint16), "png"), "kddk"),
+    (
+        "16 bit.pgm",
+        b"P5 %d %d 65535\n" % (SIDE, SIDE) + quarters(*QUARTERS_16, dtype=">u2").tobytes(),
+        "kdlw",
+    ),
+    ("16 bit rgb.png", deep_png(2, *(COLOURS[c] for c in "rgdl")), "rgdl"),
+    ("16 bit gray alpha.png", deep_png(4, (0, 255), (85, 255), (170, 255), (0, 0)), "kdlw"),
+    ("32 bit.tif", saved(gray(0, 2**29, 2**30, 3 * 2**29, dtype=np.int32), "tiff"), "kdlw"),
+    ("32 bit holding 16.tif", saved(gray(*QUARTERS_16, dtype=np.int32), "tiff"), "kdlw"),
+    ("float.tif", saved(gray(0, 1 / 3, 2 / 3, 1, dtype=np.float32), "tiff"), "kdlw"),
+    ("float dark.tif", saved(gray(0, 1 / 3, 1 / 3, 0, dtype=np.float32), "tiff"), "kddk"),
+    ("float to 3000.tif", saved(gray(0, 1e3, 2e3, 3e3, dtype=np.float32), "tiff"), "kdlw"),
+    ("float gaps.tif", saved(gray(np.nan, 1 / 3, -9, np.inf, dtype=np.float32), "tiff"), "kdkk"),
+    # transparent, over a yellow that nobody should see
+    ("rgba.png", saved(picture(alpha=(255, 255, 255, 0)), "png"), "rgbw"),
+    ("rgba.webp", saved(picture(alpha=(255, 255, 255, 0)), "webp", lossless=True), "rgbw"),
+    ("rgba.tif", saved(picture(alpha=(255, 255, 255, 0)), "tiff"), "rgbw"),
+    ("half transparent.png", saved(picture("rgbk", (255, 255, 255, 127)), "png"), "rgbm"),
+    ("gray alpha.png", saved(gray(0, 85, 170, 0).convert("LA"), "png"), "kdlk"),
+    ("gray transparent.png", saved(gray(0, 85, 170, 9), "png", transparency=9), "kdlw"),
+    ("rgb transparent.png", saved(picture(), "png", transparency=COLOURS["y"]), "rgbw"),
+    ("palette transparent.png", saved(palette(255, 255, 0), "png", transparency=3), "rgbw"),
+    (
+        "palette half transparent.png",
+        saved(palette(0, 0, 0), "png", transparency=bytes([255, 255, 255, 127])),
+        "rgbm",
+    ),
+    ("palette transparent.gif", saved(palette(255, 255, 0), "gif", transparency=3), "rgbw"),
+    # the first frame
+    ("animated.gif", animated("gif"), "rgby"),
+    ("animated.webp", animated("webp", lossless=True), "rgby"),
+    ("animated.png", animated("png"), "rgby"),
+    ("pages.tif", animated("tiff"), "rgby"),
+    # odd sizes
+    ("1x1.png", saved(PIL.Image.new("RGB", (1, 1), COLOURS["r"]), "png"), "rrrr"),
+    ("1x5000.png", saved(stripe((1, 5000)), "png"), "rrrr"),
+    ("5000x1.jpg", saved(stripe((5000, 1)), "jpeg", quality=95), "rrrr"),
+    ("bomb.png", raw_png(30_000, 30_000, 8, 2, b"\0"), "bomb"),
+    ("smaller bomb.png", raw_png(10_001, 10_000, 8, 2, b"\0"), "decompression bomb?"),
+    ("no size.png", raw_png(0, 0, 8, 2, b""), "cannot identify image file"),
+    # not readable
+    ("truncated.jpg", cut(saved(noise(), "jpeg")), "truncated"),
+    ("truncated progressive.jpg", cut(saved(noise(), "jpeg", progressive=True)), "truncated"),
+    ("truncated.png", cut(saved(noise(), "png")), "truncated"),
+    ("truncated.gif", cut(saved(noise(), "gif")), "truncated"),
+    ("truncated.bmp", cut(saved(noise(), "bmp")), "truncated"),
+    ("truncated.tif", cut(saved(noise(), "tiff")), "truncated"),
+    ("truncated.webp", cut(saved(noise(), "webp")), "decoder"),
+    ("only the header.png", saved(noise(), "png")[:33], "cannot identify image file"),
+    ("zero bytes.jpg", b"", "cannot identify image file"),
+    ("text.jpg", b"<html>404 Not Found</html>" * 20, "cannot identify image file"),
+    ("zeros.jpg", bytes(5000), "cannot identify image file"),
+    ("program.eps", POSTSCRIPT, "PostScript is a program"),
+    ("named alike.png", dict(bytes=b"", path=__file__), "cannot identify image file"),
+    ("gone", dict(bytes=None, path="gone.jpg"), "No such file"),
+    ("NULL", None, "no image"),
+    ("NULL within", dict(bytes=None, path=None), "no image"),
+    # files that are none
+    ("link.png", link, "rgby"),
+    ("locked.png", locked, "Permission denied"),
+    ("directory.jpg", directory, PASSED_OVER),
+    ("dangling link.jpg", dangling_link, PASSED_OVER),
+    ("pipe.jpg", pipe, PASSED_OVER),
+]
+SOURCES = dict(
+    parquet=[case for case in CASES if not callable(case[1])],
+    folder=[case for case in CASES if callable(case[1]) or isinstance(case[1], bytes)],
+)
+
+
+def readable(outcome: str | None) -> bool:
+    return set(outcome or "passed over") <= COLOURS.keys()
+
+
+def config(root: Path, source: str, **changes) -> Config:
+    changes = dict(cache_dir=str(root / "cache")) | changes
+    return Config(dataset=str(root / source), store_size=SIDE // 2, num_workers=0, **changes)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with a parquet file and a folder of images."""
+    root = tmp_path_factory.mktemp("images")
+    cells = [
+        dict(bytes=content, path=name) if isinstance(content, bytes) else content
+        for name, content, _ in SOURCES["parquet"]
+    ]
+    # Not by `datasets`, which would open what the paths name.
+    schema = datasets.Features(image=datasets.Image()).arrow_schema
+    (root / "parquet").mkdir()
+    rows = pyarrow.table([pyarrow.array(cells, schema.field("image").type)], schema)
+    pyarrow.parquet.write_table(rows, root / "parquet" / "train.parquet")
+    (root / "folder").mkdir()
+    for name, content, _ in SOURCES["folder"]:
+        path = root / "folder" / name
+        path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def outcomes(root):
+    """Source -> name -> stored pixels uint8 [3, S, S], or (file, reason)."""
+    found = {}
+    for source, cases in SOURCES.items():
+        cfg = config(root, source, max_bad=1.0)
+        store = data.open_store(cfg, "train", SIDE)
+        names = [name for name, *_ in cases]
+        if source == "folder":
+            cells = data.open_source(cfg.dataset, "train", "", "")[0]["image"]
+            names = [Path(cell["path"]).name for cell in cells]
+        pixels = store.images[np.arange(len(store))]
+        found[source] = {names[row]: image for row, image in zip(store.rows, pixels, strict=True)}
+        found[source] |= {names[row]: why for row, *why in store.info["unreadable"]}
+    return found
+
+
+@pytest.mark.parametrize(
+    "source, name, expected",
+    [
+        pytest.param(source, name, expected, id=f"{source}-{name}")
+        for source, cases in SOURCES.items()
+        for name, _, expected in cases
+    ],
+)
+def test_every_image_has_its_outcome(root, outcomes, source, name, expected):
+    if name == "locked.png" and os.access(root / source / name, os.R_OK):
+        pytest.skip("this user, root for one, reads every file")
+    found = outcomes[source].get(name)
+    if expected is PASSED_OVER:
+        assert found is None
+    elif readable(expected):
+        assert isinstance(found, np.ndarray), found
+        middles = found.reshape(3, 2, SIDE // 4, 2, SIDE // 4)[:, :, 4:-4, :, 4:-4]
+        got = middles.mean((2, 4)).reshape(3, 4).T
+        assert abs(got - [COLOURS[c] for c in expected]).max() < TOLERANCE, got.round()
+    else:
+        assert not isinstance(found, np.ndarray), "it was decoded"
+        file, why = found
+        assert expected in why and "object at 0x" not in why
+        assert source == "parquet" or file == str(Path(file).parent / name)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_too_many_unreadable_images_stop_the_run_and_are_named(root, tmp_path, source):
+    with pytest.raises(UserError) as error:
+        data.open_store(config(root, source, cache_dir=str(tmp_path)), "train", SIDE)
+    first, *listed = str(error.value).splitlines()
+    assert "images of" in first and "--max_bad 0.01" in first and len(listed) == 5
+    assert all(line.startswith("  row ") for line in listed)
+    unreadable = [name for name, _, outcome in SOURCES[source] if not readable(outcome)]
+    assert all(any(name in line for name in unreadable) for line in listed)
