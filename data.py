@@ -52,10 +52,12 @@ class NoSplit(UserError):
 
 
 def open_source(name: str, split: str, image_column: str, label_column: str):
-    """A dataset of undecoded images -> (rows, image column, label column or "", split).
+    """A dataset of undecoded images -> (rows, image column, label column, label numbers, split).
 
     name: cifar10, cifar100, owner/name on the Hub, or a folder of images, parquet files or by
     `save_to_disk`. Rows are indexable; images stay encoded, so that a corrupt one harms no other.
+    In a folder a directory called x.jpg and a link to nothing are no images. The label column is ""
+    where there is none; label numbers: of each label that is a string, the same in all splits.
     Raises UserError: not found, no network, no such split, no or several image columns.
     """
     import datasets
@@ -94,9 +96,12 @@ def open_source(name: str, split: str, image_column: str, label_column: str):
     label = label or next((c for c in ("label", "labels") if c in columns), "")
     kind = getattr(columns.get(label), "dtype", "")  # "" for a list: several labels are no class
     label = label if kind else ""
-    if kind == "string":
-        rows = rows.class_encode_column(label)
-    return rows.cast_column(images[0], datasets.Image(decode=False)), images[0], label, split
+    numbers = {}
+    if kind in ("string", "large_string"):
+        names = {name for part in found.values() for name in part.unique(label)} - {None}
+        numbers = {name: number for number, name in enumerate(sorted(names))}
+    rows = rows.cast_column(images[0], datasets.Image(decode=False))
+    return rows, images[0], label, numbers, split
 
 
 def _image_columns(columns) -> list[str]:
@@ -281,8 +286,9 @@ class Store:
 class _Decoder(Dataset):
     """Batches of row numbers -> decoded images, labels, kept rows and what could not be read."""
 
-    def __init__(self, source, image: str, label: str, size: int):
-        self.source, self.image, self.label, self.size = source, image, label, size
+    def __init__(self, source, image: str, label: str, numbers: dict, size: int):
+        self.source, self.image, self.label, self.numbers = source, image, label, numbers
+        self.size = size
 
     def __getitems__(self, rows: list[int]):
         images, labels, kept, bad = [], [], [], []
@@ -296,8 +302,9 @@ class _Decoder(Dataset):
                 bad.append((row, file, why[:200]))
                 continue
             try:
-                labels.append(int(item[self.label]))
-            except (KeyError, TypeError, ValueError):  # none, NULL or NaN
+                label = item[self.label]
+                labels.append(int(self.numbers.get(label, label)))
+            except (KeyError, TypeError, ValueError, OverflowError):  # none, NULL, NaN
                 labels.append(-1)
         return torch.stack(images) if images else None, labels, kept, bad
 
@@ -339,13 +346,13 @@ def open_store(cfg, split: str, size_limit: int, max_samples: int = 0) -> Store:
 def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path) -> None:
     if cfg.dataset == "shapes":
         split = split or "test"
-        source, image, label = Shapes(split), "image", "label"
+        source, image, label, numbers = Shapes(split), "image", "label", {}
     else:
         columns = cfg.image_column, cfg.label_column
-        source, image, label, split = open_source(cfg.dataset, split, *columns)
+        source, image, label, numbers, split = open_source(cfg.dataset, split, *columns)
     rows = subset(np.arange(len(source)), max_samples)
     size = cfg.store_size or _native_size(source, image, rows, size_limit)
-    decoder = _Decoder(source, image, label, size)
+    decoder = _Decoder(source, image, label, numbers, size)
     batches = DataLoader(decoder, 256, sampler=rows.tolist(), num_workers=cfg.workers,
                          collate_fn=_same, worker_init_fn=_ignore_interrupt)
     name, labels, kept, bad = f"{cfg.dataset} {split}", [], [], []
