@@ -239,9 +239,14 @@ class Bench:
         test = np.arange(len(self.test)) if test is None else test
         self.device, self.batch_size = pick_device(cfg.device), batch_size
         self.dtype = pick_dtype(cfg.precision, self.device)
-        self.labelled = bool((self.train.labels >= 0).any() and (self.test.labels >= 0).any())
+        if not len(train):
+            raise UserError(f"{cfg.dataset} has one image and no test split: nothing is left to "
+                            "compare it with")
+        known = [rows[store.labels[rows] >= 0]
+                 for store, rows in ((self.train, train), (self.test, test))]
+        self.labelled = all(map(len, known))
         if self.labelled:
-            train, test = train[self.train.labels[train] >= 0], test[self.test.labels[test] >= 0]
+            train, test = known
         self.train_rows = data.subset(train, max_train)
         self.test_rows = data.subset(test, max_test)
         y, y_test = self.train.labels[self.train_rows], self.test.labels[self.test_rows]
@@ -276,7 +281,7 @@ class Bench:
         if self.labelled:
             for k, predicted in zip(NEIGHBOURS, knn_predict(train, y, test), strict=True):
                 row[f"knn{k}"] = float((predicted == y_test).float().mean())
-            if probe:
+            if probe and len(y) > 1:  # of one image none can be held out to choose C
                 predicted, row["C"] = linear_probe(train, y, test)
                 row["linear"] = float((predicted == y_test).float().mean())
         return row
@@ -350,7 +355,7 @@ def main(args: EvalConfig) -> list[dict]:
         name = f"{path.parent.name if several else 'student'}, epoch {saved['epoch']:g}"
         row = bench.row(name, student, features, args.probe)
         for kept, key in (("knn", "knn20"), ("linear", "linear")):
-            if key in row and key in reference:
+            if key in row and reference.get(key):  # there is no share of nothing
                 row[f"retention_{kept}"] = row[key] / reference[key]
         if teacher:
             distiller = Distiller(student, teacher, cfg)
