@@ -129,8 +129,7 @@ class Config:
 
     @property
     def run_path(self) -> Path:
-        slug = re.sub(r"[^\w.]+", "_", self.dataset.strip("./")).lower()
-        return Path(self.run_dir or f"runs/{slug}-{self.teacher}-{self.student}")
+        return Path(self.run_dir or f"runs/{slug(self.dataset)}-{self.teacher}-{self.student}")
 
     @property
     def workers(self) -> int:
@@ -180,6 +179,11 @@ class EvalConfig:
         if not self.checkpoints:
             found.append("no checkpoint given: python eval.py runs/NAME/checkpoint_latest.pth")
         return found + (dataset_problems(self.dataset) if self.dataset else [])
+
+
+def slug(name: str) -> str:
+    """A data set's name, or its folder's, as part of a file's name."""
+    return re.sub(r"[^\w.]+", "_", name.strip("./")).lower()[-40:]
 
 
 def nearest(name: str, known, prefix: str = "") -> str:
@@ -247,6 +251,8 @@ def parse(cls, argv: list[str], *checks):
         except ValueError:
             kind = "a whole number" if types[name] is int else "a number"
             found.append(f"--{name} {text}: not {kind}")
+    if values.get("dataset", "").strip("/"):  # a folder is the same with a slash at its end
+        values["dataset"] = values["dataset"].rstrip("/")
     cfg = cls(**values)
     validate(cfg, *checks, found=found)
     return cfg

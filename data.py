@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import signal
 from functools import cached_property
@@ -32,13 +31,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from config import DATASETS, UserError, hub_error, hub_online
+from config import DATASETS, UserError, hub_error, hub_online, slug
 
 log = logging.getLogger("distill")
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 # RGB -> YIQ (NTSC, FCC 1953): hue is a rotation of its last two axes.
 YIQ = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
+DECODING = 2  # to be raised when `decode` changes: stores made before are then made again
 MAX_PIXELS = 100_000_000  # of one encoded image
 LOCAL_SCALE = (0.05, 0.32)  # area of a local crop, DINOv2
 ORDER, VIEW, LOCAL, JITTER = range(4)  # streams of random numbers
@@ -326,7 +326,7 @@ def open_store(cfg, split: str, size_limit: int, max_samples: int = 0) -> Store:
     fingerprint of all that determines it; a Hub dataset counts by its name, a folder by its files.
     Raises UserError as `open_source` does, and when too many images are unreadable.
     """
-    wanted = [cfg.dataset, split, cfg.image_column, cfg.label_column, max_samples,
+    wanted = [DECODING, cfg.dataset, split, cfg.image_column, cfg.label_column, max_samples,
               cfg.store_size or -size_limit]
     folder = Path(cfg.dataset)
     if cfg.dataset == "shapes":  # drawn anew when the drawing changes
@@ -335,12 +335,19 @@ def open_store(cfg, split: str, size_limit: int, max_samples: int = 0) -> Store:
         files = [(str(p.relative_to(folder)), p.stat()) for p in folder.rglob("*") if p.is_file()]
         wanted += sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
     digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]
-    slug = re.sub(r"\W+", "_", cfg.dataset).strip("_").lower()[-40:]
-    path = Path(cfg.cache_dir) / "stores" / f"{slug}-{split or 'test'}-{digest}"
+    path = Path(cfg.cache_dir) / "stores" / f"{slug(cfg.dataset)}-{split or 'test'}-{digest}"
     with locked(path):  # other ranks and other runs wait here for the one that builds
         if not path.exists():
             _build_store(cfg, split, size_limit, max_samples, path)
-    return Store(path)
+    store = Store(path)
+    bad, total = store.info["unreadable"], len(store) + len(store.info["unreadable"])
+    if not len(store) or len(bad) > cfg.max_bad * total:
+        some = "".join(f"\n  row {row}{' ' * bool(file)}{file}: {why}"
+                       for row, file, why in bad[:5])
+        raise UserError(f"{len(bad)} of {total} images of {cfg.dataset} {store.info['split']} "
+                        f"cannot be read, and --max_bad {cfg.max_bad:g} is the largest share to "
+                        f"skip:{some}")
+    return store
 
 
 def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path) -> None:
@@ -367,11 +374,6 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
             progress.update(len(batch_kept) + len(batch_bad))
         if not len(rows):
             raise UserError(f"dataset {name} is empty")
-        if not kept or len(bad) > cfg.max_bad * len(rows):
-            some = "".join("\n  " + f"row {row} {place}".strip() + f": {why}"
-                           for row, place, why in bad[:5])
-            raise UserError(f"{len(bad)} of {len(rows)} images of {name} cannot be read, and "
-                            f"--max_bad {cfg.max_bad:g} is the largest share to skip:{some}")
         np.save(folder / "labels.npy", np.array(labels, np.int64))
         np.save(folder / "rows.npy", np.array(kept, np.int64))
         info = dict(dataset=cfg.dataset, split=split, label_column=label, images=len(kept),
@@ -409,7 +411,7 @@ def new_folder(path: Path):
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+            raise UserError(f"cannot make {path}: {error.strerror or error}") from error
         raise
 
 

@@ -13,7 +13,6 @@ are read here and nowhere else.
 
 import dataclasses
 import json
-import re
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import Config, EvalConfig, UserError, cli, reason
+from config import Config, EvalConfig, UserError, cli, reason, slug
 from model import (
     Backbone,
     Distiller,
@@ -365,7 +364,7 @@ def main(args: EvalConfig) -> list[dict]:
             row["cos"] = float(F.cosine_similarity(head.predict(features[1]), target).mean())
         rows.append(row | dict(checkpoint=str(path), epoch=saved["epoch"], step=saved["step"]))
     print(table(rows))
-    elsewhere = re.sub(r"\W+", "_", f"-{args.dataset}") if args.dataset else ""
+    elsewhere = f"-{slug(args.dataset)}" if args.dataset else ""
     out = paths[0].parent / f"eval{elsewhere}.json"
     out.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"written to {out}")
