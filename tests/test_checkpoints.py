@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
 import sys
 import time
 import zipfile
@@ -27,8 +26,6 @@ import model
 import train
 from config import Config, EvalConfig, UserError, cli
 from test_smoke import TINY
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +228,7 @@ def wide_moments(optimiser: dict) -> dict:
         ("student", lambda state: state | {"more": torch.zeros(1)}, "Unexpected key", True),
         ("student", lambda state: dict.fromkeys(state, 1), "cls_token", True),
         ("heads", wider, "size mismatch", True),
-        ("heads", lambda state: {}, "Missing key", True),
+        ("heads", lambda state: {}, "Missing key", False),
         ("optimiser", wide_moments, "its optimiser is of other shapes", False),
         ("optimiser", lambda state: {}, "it has no 'param_groups'", False),
         ("scaler", lambda state: dict(scale=1.0), "it has no", False),
@@ -241,7 +238,7 @@ def test_contents_of_other_shapes_are_refused(run, refused, entry, edit, words, 
     change(latest(run), lambda saved: saved | {entry: edit(saved[entry])})
     if judged:
         assert words in refused(run)
-    else:  # what only training needs
+    else:  # by training, which alone needs an optimiser
         assert words in refused.call(train.main, Config, dataclasses.asdict(run))
 
 
@@ -290,14 +287,6 @@ def test_no_library_may_load_weights_that_run_code(tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "teacher.pth", weights_only=False)
     assert not (tmp_path / "exploded").exists()
-
-
-def test_the_command_line_refuses_a_bomb_too(run, tmp_path):
-    latest(run).write_bytes(bombs(tmp_path / "exploded", {})["zip"])
-    command = [sys.executable, str(ROOT / "eval.py"), str(latest(run))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {latest(run)} is not a check")
-    assert "Traceback" not in done.stderr and not (tmp_path / "exploded").exists()
 
 
 # ---------------------------------------------------------------------------- safetensors
