@@ -298,18 +298,30 @@ def hub_online() -> None:
 
 def hub_error(what: str, instead: str, error: Exception) -> UserError:
     """The message for a download that failed, telling no network from a wrong name."""
+    import datasets
     import huggingface_hub as hub
 
-    answer = (f"{hub.constants.ENDPOINT} does not answer, and it was not downloaded before"
-              if hub.constants.HF_HUB_OFFLINE else
-              f"{hub.constants.ENDPOINT} answers, so the name may be wrong or private")
-    return UserError(f"cannot get {what}: {answer}.\n  Without a network: {instead}, or "
-                     f"--preset demo.\n  ({reason(error)})")
+    chain = [error]  # the libraries wrap what happened several times over
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) and inner not in chain:
+        chain.append(inner)
+    answers = [e.response for e in chain if getattr(e, "response", None) is not None]
+    status = answers[0].status_code if answers else None
+    if hub.constants.HF_HUB_OFFLINE:
+        answer = "does not answer, and it was not downloaded before"
+    elif status in (401, 403, 404) or isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        answer = "answers, so the name may be wrong or private"
+    elif status:
+        answer = f"answers with HTTP {status}: it is in trouble, so try again later"
+    else:
+        answer = "answers, but this cannot be had from it; if the network is to blame, try again"
+    return UserError(f"cannot get {what}: {hub.constants.ENDPOINT} {answer}.\n  Without a network: "
+                     f"{instead}, or --preset demo.\n  ({reason(error)})")
 
 
 def reason(error: Exception) -> str:
     """An error's text on one line, without torch's advice to load untrusted pickles."""
     if isinstance(error, KeyError):
         return f"it has no {error}"
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = text if text.isprintable() else ascii(text)  # it may quote a file from anywhere
     return "not a file of plain weights" if "weights_only" in str(error) else text
