@@ -20,6 +20,9 @@ from pathlib import Path
 
 # datasets and huggingface_hub report usage unless told otherwise; this project never phones home.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Whatever a library's own default is, no file of weights that is read here may run code: older
+# versions of timm would unpickle a --teacher_weights.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what a full disk answers
 HUB_TIMEOUT = 5  # seconds to wait for the Hub's first answer before working offline
@@ -137,7 +140,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """What is wrong with data and run settings; model.py knows what does not fit the models."""
-        found = dataset_problems(self.dataset)
+        found = data_problems(self)
         if self.teacher_weights and not Path(self.teacher_weights).is_file():
             found.append(f"--teacher_weights {self.teacher_weights}: no such file")
         if self.cls_weight == self.patch_weight == 0:
@@ -178,7 +181,7 @@ class EvalConfig:
             found.append(f"--save_features {self.save_features}: no such folder")
         if not self.checkpoints:
             found.append("no checkpoint given: python eval.py runs/NAME/checkpoint_latest.pth")
-        return found + (dataset_problems(self.dataset) if self.dataset else [])
+        return found + data_problems(self)
 
 
 def slug(name: str) -> str:
@@ -192,25 +195,42 @@ def nearest(name: str, known, prefix: str = "") -> str:
     return f"; did you mean {' or '.join(prefix + c for c in close)}?" if close else ""
 
 
-def dataset_problems(name: str) -> list[str]:
+def data_problems(cfg) -> list[str]:
+    """What is wrong with the data set and splits of a Config or EvalConfig: where pixels are from.
+
+    A split's name becomes part of a folder's, and it may come out of a stranger's checkpoint.
+    """
+    splits = dict(train_split=cfg.train_split, test_split=cfg.test_split)
+    found = [f"--{flag} {split!r}: not the name of a split" for flag, split in splits.items()
+             if not re.fullmatch(r"[\w.-]*", split)]
+    name = cfg.dataset
     owner_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
-    if name in DATASETS or Path(name).is_dir() or owner_name:  # only the Hub knows its names
-        return []
-    return [f"--dataset {name}: not {', '.join(DATASETS)}, nor owner/name on the Hub, "
-            f"nor an existing folder{nearest(name, DATASETS)}"]
+    known = name in DATASETS or owner_name or Path(name).is_dir()  # "" is the folder we are in
+    if not known:
+        found.append(f"--dataset {name}: not {', '.join(DATASETS)}, nor owner/name on the Hub, "
+                     f"nor an existing folder{nearest(name, DATASETS)}")
+    return found
 
 
-def validate(cfg, *checks, found=()) -> None:
-    """Raise one UserError with every problem: `found`, choices, bounds, and those of `checks`."""
-    found = list(found)
+def wrong_values(cfg) -> list[str]:
+    """The settings of a Config or EvalConfig that are of another type, choice or size."""
+    found = []
     for f in dataclasses.fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         choices, most = f.metadata["choices"], "" if high is None else f" and at most {high}"
-        if choices and value not in choices:
+        if not isinstance(value, (int, float) if f.type is float else f.type):
+            found.append(f"--{f.name} {value!r}: not a value of type {f.type.__name__}")
+        elif choices and value not in choices:
             known = ", ".join(filter(None, choices))
             found.append(f"--{f.name} {value}: not one of {known}{nearest(value, choices)}")
         elif low is not None and not low <= value <= (sys.float_info.max if high is None else high):
             found.append(f"--{f.name} {value}: must be a number, at least {low}{most}")
+    return found
+
+
+def validate(cfg, *checks, found=()) -> None:
+    """Raise one UserError with every problem: `found`, wrong values, and those of `checks`."""
+    found = [*found, *wrong_values(cfg)]
     for check in (type(cfg).problems, *checks):
         found += [problem for problem in check(cfg) if problem not in found]
     if found:
@@ -299,18 +319,30 @@ def hub_online() -> None:
 
 def hub_error(what: str, instead: str, error: Exception) -> UserError:
     """The message for a download that failed, telling no network from a wrong name."""
+    import datasets
     import huggingface_hub as hub
 
-    answer = (f"{hub.constants.ENDPOINT} does not answer, and it was not downloaded before"
-              if hub.constants.HF_HUB_OFFLINE else
-              f"{hub.constants.ENDPOINT} answers, so the name may be wrong or private")
-    return UserError(f"cannot get {what}: {answer}.\n  Without a network: {instead}, or "
-                     f"--preset demo.\n  ({reason(error)})")
+    chain = [error]  # the libraries wrap what happened several times over
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) and inner not in chain:
+        chain.append(inner)
+    answers = [e.response for e in chain if getattr(e, "response", None) is not None]
+    status = answers[0].status_code if answers else None
+    if hub.constants.HF_HUB_OFFLINE:
+        answer = "does not answer, and it was not downloaded before"
+    elif status in (401, 403, 404) or isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        answer = "answers, so the name may be wrong or private"
+    elif status:
+        answer = f"answers with HTTP {status}: it is in trouble, so try again later"
+    else:
+        answer = "answers, but this cannot be had from it; if the network is to blame, try again"
+    return UserError(f"cannot get {what}: {hub.constants.ENDPOINT} {answer}.\n  Without a network: "
+                     f"{instead}, or --preset demo.\n  ({reason(error)})")
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, without torch's advice to load untrusted pickles."""
+    """An error's text on one line, without torch's advice to load untrusted pickles."""
     if isinstance(error, KeyError):
         return f"it has no {error}"
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = text if text.isprintable() else ascii(text)  # it may quote a file from anywhere
     return "not a file of plain weights" if "weights_only" in str(error) else text

@@ -11,6 +11,7 @@ pixels under the same code. Prints a table and writes eval.json next to the firs
 are read here and nowhere else.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -24,11 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import Config, EvalConfig, UserError, cli, reason, slug
+from config import Config, EvalConfig, UserError, cli, data_problems, reason, slug, wrong_values
 from model import (
     Backbone,
     Distiller,
     build_student,
+    check_sums,
     cpu_has_bf16,
     load_teacher,
     pick_device,
@@ -48,6 +50,9 @@ BASELINE = frozenset(  # checkpoints that agree in these share data, teacher and
     "dataset train_split test_split image_column label_column store_size max_samples cache_dir "
     "teacher teacher_weights teacher_size student student_args student_size pool local_crops seed"
     .split())
+ENTRIES = dict(  # of a checkpoint, and their types
+    student=dict, heads=dict, optimiser=dict, scaler=dict, step=int, epoch=(int, float),
+    metrics=dict, store=str, config=dict)
 
 
 # ---------------------------------------------------------------------------- features
@@ -180,18 +185,42 @@ def effective_rank(features: Tensor) -> float:
 # ---------------------------------------------------------------------------- checkpoints
 
 
+@contextlib.contextmanager
+def refusing(path: Path):
+    """Whatever goes wrong inside becomes a UserError that blames the checkpoint `path`."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path} is not a checkpoint of this program, or it is damaged: "
+                        f"{reason(error)}. Take another one; in training --no_resume moves its "
+                        "run aside and starts afresh.") from error
+
+
 def read_checkpoint(path: Path) -> tuple[dict, Config]:
     """A checkpoint of train.py -> (its contents, its Config). Runs no code from the file.
 
-    Raises UserError when it is damaged or another program's.
+    Everything in it is there and of its type, and no bit has changed since it was written; whether
+    the weights fit the models is seen when they are loaded. Raises UserError when it is damaged,
+    another program's, or of a version with other settings.
     """
-    try:
+    with refusing(path):
+        check_sums(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        known = {f.name for f in dataclasses.fields(Config)}
-        return saved, Config(**{k: v for k, v in saved["config"].items() if k in known})
-    except Exception as error:
-        raise UserError(f"{path} is not a checkpoint of this program, or it is damaged: "
-                        f"{reason(error)}") from error
+        held = saved if isinstance(saved, dict) else {}
+        if odd := [n for n, kind in ENTRIES.items() if not isinstance(held.get(n), kind)]:
+            raise ValueError(f"it has no usable {', '.join(odd)}")
+        if not (saved["step"] >= 0 and 0 <= saved["epoch"] < float("inf")):
+            raise ValueError(f"step {saved['step']} of epoch {saved['epoch']}")
+        known, given = {f.name for f in dataclasses.fields(Config)}, set(saved["config"])
+        if known != given:
+            lacks, extra = (", ".join(sorted(map(str, names))) or "none" for names in
+                            (known - given, given - known))
+            raise ValueError("its config is another version's; settings it lacks: "
+                             f"{lacks}, unknown ones: {extra}")
+        cfg = Config(**saved["config"])
+        if wrong := wrong_values(cfg):
+            raise ValueError(f"its config has {wrong[0]}")
+    return saved, cfg
 
 
 def student_of(cfg: Config, weights: dict | None = None) -> Backbone:
@@ -199,22 +228,29 @@ def student_of(cfg: Config, weights: dict | None = None) -> Backbone:
     torch.manual_seed(cfg.seed)
     args = student_arguments(cfg)
     student = build_student(cfg.student, cfg.student_size, cfg.pool, **args)
-    if weights:
-        try:
-            student.net.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"the weights do not fit {cfg.student} {args}: {error}") from error
+    if weights is not None:
+        student.net.load_state_dict(weights)
     return student.eval()
 
 
 def merged(cfg: Config, args: EvalConfig) -> Config:
-    """The checkpoint's config with what eval.py was told instead."""
-    names = "train_split test_split image_column label_column cache_dir num_workers teacher_weights"
-    told = {n: getattr(args, n) for n in names.split() if getattr(args, n) not in ("", -1)}
+    """The checkpoint's config with what eval.py was told instead. Raises UserError.
+
+    A stranger's checkpoint does not choose where to write: its cache_dir counts only where this
+    program already has one.
+    """
+    names = "train_split test_split image_column label_column cache_dir teacher_weights"
+    told = {n: getattr(args, n) for n in names.split() if getattr(args, n)}
+    if not (Path(cfg.cache_dir) / "stores").is_dir():
+        told = dict(cache_dir=Config.cache_dir) | told
     if args.dataset:  # splits, columns and subsets were those of the training data
         told = dict(dataset=args.dataset, train_split="train", test_split="", image_column="",
                     label_column="", max_samples=0) | told
-    return dataclasses.replace(cfg, device=args.device, precision=args.precision, **told)
+    here = dict(device=args.device, precision=args.precision, num_workers=args.num_workers)
+    cfg = dataclasses.replace(cfg, **here, **told)
+    if found := data_problems(cfg):
+        raise UserError(found[0])
+    return cfg
 
 
 class Bench:
@@ -321,11 +357,14 @@ def table(rows: list[dict]) -> str:
 def main(args: EvalConfig) -> list[dict]:
     """Judge args.checkpoints and, once per teacher and data, the baselines; returns the rows."""
     rows, known = [], None
+    pick_device(args.device)  # before the first model is made
     paths = [Path(c) for c in args.checkpoints]
     several = len({path.parent for path in paths}) > 1
     for path in paths:
         saved, cfg = read_checkpoint(path)
         cfg = merged(cfg, args)
+        with refusing(path):  # before data is opened or a teacher downloaded
+            student = student_of(cfg, saved["student"])
         setting = [getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in BASELINE]
         if setting != known:
             known = setting
@@ -349,8 +388,7 @@ def main(args: EvalConfig) -> list[dict]:
                 untrained = student_of(cfg).to(bench.device)
                 pair = bench.features(untrained)
                 rows.append(bench.row("student, untrained", untrained, pair, args.probe))
-        student = student_of(cfg, saved["student"]).to(bench.device)
-        features = bench.features(student)
+        features = bench.features(student.to(bench.device))
         name = f"{path.parent.name if several else 'student'}, epoch {saved['epoch']:g}"
         row = bench.row(name, student, features, args.probe)
         for kept, key in (("knn", "knn20"), ("linear", "linear")):
@@ -358,7 +396,8 @@ def main(args: EvalConfig) -> list[dict]:
                 row[f"retention_{kept}"] = row[key] / reference[key]
         if teacher:
             distiller = Distiller(student, teacher, cfg)
-            distiller.load_state_dict(saved["heads"], strict=False)
+            with refusing(path):
+                distiller.heads.load_state_dict(saved["heads"])
             head = distiller.cls_head.cpu()
             target = head.target(asked[1])
             row["cos"] = float(F.cosine_similarity(head.predict(features[1]), target).mean())

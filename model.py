@@ -15,6 +15,7 @@ import ast
 import functools
 import hashlib
 import os
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,10 @@ DEMO_TEACHER = Path(__file__).parent / "assets" / "demo_teacher.safetensors"
 DEMO_SIZE = 32  # pixels at which its position table was trained
 DEMO_ARGS = dict(patch_size=8, embed_dim=64, depth=4, num_heads=4, init_values=1.0)
 TOKENS_PER_IMAGE = 8  # patches of each image in the statistics of a Head
+MAX_HEADER = 1_000_000  # bytes of a safetensors file's list of tensors; 600 of them take 60,000
+# Arguments of timm that fetch or read weights: a student starts from random ones.
+NO_STUDENT_ARGS = frozenset(
+    "pretrained pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir".split())
 
 
 class Features(NamedTuple):
@@ -95,9 +100,11 @@ def describe(name: str, image_size: int, timm_kwargs: tuple = ()) -> dict:
     """embed_dim, grid, parameters, and whether it gives tokens and has batch norm, of a timm model.
 
     Found on the meta device, without memory or weights. Raises what timm raises for arguments the
-    model does not take, and UserError for a size that is not a multiple of its patch, of which timm
-    would drop the border without a word.
+    model does not take, and UserError for an unknown name and for a size that is not a multiple of
+    its patch, of which timm would drop the border without a word.
     """
+    if not timm.is_model(name):  # timm would take "hf-hub:owner/name" or "local-dir:path" too
+        raise UserError(f"{name} is not among the models of timm {timm.__version__}")
     with torch.device("meta"):
         net = _create(name, image_size, **dict(timm_kwargs))
         patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
@@ -130,6 +137,8 @@ def student_kwargs(text: str) -> dict:
     for name, equals, value in (item.partition("=") for item in text.replace(",", " ").split()):
         if not (name.isidentifier() and equals and value):
             raise UserError(f"--student_args {text!r}: write name=value, separated by spaces")
+        if name in NO_STUDENT_ARGS:
+            raise UserError(f"--student_args {name}: a student starts from random weights")
         try:
             kwargs[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -194,6 +203,30 @@ def student_arguments(cfg) -> dict:
     return kwargs
 
 
+def check_sums(path) -> None:
+    """Raise BadZipFile if bits have changed in what torch.save wrote; torch.load does not look.
+
+    torch.save leaves its checksums in the file, and compresses nothing: what is compressed is not
+    its own and might unpack to any size.
+    """
+    with zipfile.ZipFile(path) as file:
+        if any(record.compress_type for record in file.infolist()):
+            raise zipfile.BadZipFile("it is compressed")
+        if bad := file.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
+
+
+def check_header(path) -> None:
+    """Raise ValueError if a safetensors file lists more than any model has.
+
+    A file of 87 MB that is nothing but a list of empty tensors keeps the library busy for two
+    minutes, in 2 GB of memory.
+    """
+    with open(path, "rb") as file:
+        if (size := int.from_bytes(file.read(8), "little")) > MAX_HEADER:
+            raise ValueError(f"its header has {size:,} bytes, more than {MAX_HEADER:,}")
+
+
 def build_student(name: str, image_size: int, pool: str = "cls", **timm_kwargs) -> Backbone:
     """A randomly initialised student for image_size; seed torch first to repeat it."""
     shape = describe(name, image_size, tuple(timm_kwargs.items()))
@@ -213,10 +246,16 @@ def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     if name == "demo":
         weights, kwargs = weights or str(DEMO_TEACHER), dict(kwargs, img_size=DEMO_SIZE)
     overlay = dict(file=weights) if weights else None
-    advice = "--teacher_weights FILE with the downloaded weights, or --preset demo"
+    advice = "--teacher_weights FILE with the downloaded weights"
+    if weights and not Path(weights).is_file():
+        raise UserError(f"--teacher_weights {weights}: no such file")
     if not weights:
         hub_online()
     try:
+        if weights.endswith(".safetensors"):
+            check_header(weights)
+        elif weights and zipfile.is_zipfile(weights):
+            check_sums(weights)
         # At its native size first: the full position table is needed below.
         net = timm.create_model(
             timm_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs
@@ -366,6 +405,11 @@ class Distiller(nn.Module):
         self.patch_head = Head(cfg.head, *dims, standardise=cfg.loss == "smooth_l1")
         self.distance = LOSSES[cfg.loss]
         self.cls_weight, self.patch_weight = cfg.cls_weight, cfg.patch_weight
+
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """Both heads: their state is saved, and loaded as strictly as the student's."""
+        return nn.ModuleDict(dict(cls_head=self.cls_head, patch_head=self.patch_head))
 
     def fit_heads(self, teacher_features) -> None:
         """Fit both heads on an iterable of the teacher's Features."""

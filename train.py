@@ -275,10 +275,15 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
     step, metrics = 0, {}
     if saved:
         step, metrics = saved["step"], saved["metrics"]
-        student.net.load_state_dict(saved["student"])
-        distiller.load_state_dict(saved["heads"], strict=False)
-        optimiser.load_state_dict(saved["optimiser"])
-        scaler.load_state_dict(saved["scaler"])
+        with evaluation.refusing(latest):
+            student.net.load_state_dict(saved["student"])
+            distiller.heads.load_state_dict(saved["heads"])
+            optimiser.load_state_dict(saved["optimiser"])
+            if saved["scaler"]:  # of a run in fp16; --precision may have changed since
+                scaler.load_state_dict(saved["scaler"])
+            for p, moments in optimiser.state.items():  # their shapes torch does not compare
+                if any(m.shape not in ((), p.shape) for m in moments.values()):
+                    raise ValueError("its optimiser is of other shapes")
         log.info(f"continuing {latest} at step {step} of {total_steps}")
     elif rank == 0:  # the others receive the result when DDP wraps the module
         size = min(64, len(store))
@@ -303,9 +308,8 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
     def save(*paths: Path) -> None:
         state = dict(
             student=student.net.state_dict(), optimiser=optimiser.state_dict(),
-            heads={k: v for k, v in distiller.state_dict().items() if not k.startswith("student.")},
-            scaler=scaler.state_dict(), step=step, epoch=step / steps_per_epoch, metrics=metrics,
-            store=store.path.name,
+            heads=distiller.heads.state_dict(), scaler=scaler.state_dict(), step=step,
+            epoch=step / steps_per_epoch, metrics=metrics, store=store.path.name,
             config=dataclasses.asdict(cfg))
         for path in paths:
             write_atomically(path, lambda temporary: torch.save(state, temporary))

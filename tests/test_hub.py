@@ -4,11 +4,16 @@ Skipped where the Hub's script and data are not beside the repository.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
+import shutil
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +21,8 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.torch
+import timm
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -139,3 +146,205 @@ def test_without_a_hub_the_message_comes_within_seconds_and_says_what_to_do(tmp_
     ):
         assert words in failed.stderr, failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+# ---------------------------------------------------------------------------- a Hub in trouble
+
+# The command line, imported once and then forked: one command a line of stdin. The libraries try as
+# often as ever; only their pauses (up to 23 s a file) and the wait for a first answer are shorter.
+COMMANDS = f"""
+import json, os, sys, time, traceback
+sys.path.insert(0, {str(ROOT)!r})
+import datasets, config, model, train
+pause, config.HUB_TIMEOUT = time.sleep, 0.5
+time.sleep = lambda seconds: pause(seconds / 500)
+for line in sys.stdin:
+    if not (child := os.fork()):
+        folder, *arguments = json.loads(line)
+        os.chdir(folder)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        sys.argv, status = ["train.py", *arguments], 0
+        try:
+            config.cli(train.main, config.Config, model.problems)
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+QUICK = (
+    "--dataset cifar10 --teacher test_vit.r160_in1k --teacher_size 32 --student test_vit "
+    "--student_size 32 --epochs 1 --batch_size 16 --teacher_views 0 --num_workers 0 "
+    "--precision fp32 --device cpu"
+).split()
+DATASET, TEACHER = "datasets/uoft-cs", "/timm/test_vit"
+
+
+def healthy(handler):
+    super(type(handler), handler).route()
+
+
+def status(code: int):
+    return lambda handler: handler.reply(code, {"error": "trouble"})
+
+
+def breaking_off(answer):
+    """Answers of `answer(handler, file)` where a file's content is asked for."""
+
+    def route(handler):
+        files = [f for repo in handler.repos.values() for p, f in repo.items() if p in handler.path]
+        if handler.command == "GET" and "/resolve/" in handler.path and files:
+            answer(handler, Path(files[0]).read_bytes())
+        else:
+            healthy(handler)
+
+    return route
+
+
+def send_half(handler, content: bytes, claimed: int) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(claimed))
+    handler.end_headers()
+    handler.wfile.write(content[: len(content) // 2])
+
+
+@breaking_off
+def reset(handler, content):
+    send_half(handler, content, len(content))
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(handler.connection.detach())  # with data unsent: the other side is told of a reset
+    handler.close_connection = True
+
+
+@breaking_off
+def cut_short(handler, content):
+    send_half(handler, content, len(content) // 2)
+
+
+@breaking_off
+def hang_up(handler, content):
+    send_half(handler, content, len(content))
+    handler.close_connection = True
+
+
+def silent(handler):
+    handler.server.closing.wait(60)
+    handler.close_connection = True
+
+
+def late(handler):
+    time.sleep(0.7)
+    healthy(handler)
+
+
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory):
+    """call(folder, trouble, paths) -> a finished train.py, while a Hub has trouble with paths.
+
+    With once=True only the first time that each of them is asked for.
+    """
+    home = tmp_path_factory.mktemp("troubled")
+    spec = importlib.util.spec_from_file_location("serve", SHARED / "hub" / "serve.py")
+    serve = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serve)
+
+    class Hub(serve.Hub):
+        repos = serve.REPOS
+
+        def route(self):
+            trouble, paths, known = self.server.trouble
+            request = f"{self.command} {self.path}"
+            if re.search(paths, request) and request not in known:
+                if known is not self.server.always:
+                    known.add(request)
+                trouble(self)
+            else:
+                healthy(self)
+
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8)
+    columns = dict(img=[PIL.Image.fromarray(p) for p in pixels], label=list(range(32)))
+    (home / "cifar10").mkdir()
+    datasets.Dataset.from_dict(columns).to_parquet(home / "cifar10" / "train.parquet")
+    (home / "weights").mkdir()
+    weights = timm.create_model("test_vit").state_dict()
+    safetensors.torch.save_file(weights, home / "weights" / "model.safetensors")
+    serve.add("datasets/uoft-cs/cifar10", home / "cifar10")
+    serve.add("models/timm/test_vit.r160_in1k", home / "weights")
+    server = serve.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.verbose, server.always, server.closing = False, frozenset(), threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environ = environment(home, f"http://127.0.0.1:{server.server_port}")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    commands = subprocess.Popen([sys.executable, "-c", COMMANDS], env=environ, **pipes)
+
+    def call(folder, trouble=healthy, paths=".", once=False):
+        server.trouble = trouble, paths, set() if once else server.always
+        commands.stdin.write(json.dumps([str(folder), *QUICK]) + "\n")
+        code = int(commands.stdout.readline())
+        texts = ((folder / name).read_text() for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(QUICK, code, *texts)
+
+    def forget():
+        shutil.rmtree(home / "hf", ignore_errors=True)
+
+    call.forget, call.server = forget, server
+    yield call
+    server.closing.set()
+    server.shutdown()
+    commands.kill()
+
+
+TROUBLES = {
+    "404": (lambda handler: handler.missing(), "the name may be wrong or private"),
+    "401": (status(401), "the name may be wrong or private"),
+    "429": (status(429), "answers with HTTP 429: it is in trouble, so try again later"),
+    "500": (status(500), "answers with HTTP 500: it is in trouble, so try again later"),
+    "reset": (reset, "if the network is to blame, try again"),
+    "cut short": (cut_short, "if the network is to blame, try again"),
+    "silence": (silent, "does not answer, and it was not downloaded before"),
+}
+
+
+@needs_shared
+@pytest.mark.parametrize("name", TROUBLES)
+def test_a_hub_in_trouble_is_named_and_the_same_command_succeeds_later(troubled, tmp_path, name):
+    trouble, words = TROUBLES[name]
+    troubled.forget()
+    everything = name == "silence"  # also when asked whether it is there
+    for paths, asked, advice in (
+        (DATASET, "the dataset uoft-cs/cifar10", "--dataset DIR"),
+        (TEACHER, "the weights of test_vit.r160_in1k", "--teacher_weights FILE"),
+    ):
+        failed = troubled(tmp_path, trouble, "." if everything else paths)
+        message = failed.stderr[failed.stderr.find("error: ") :]
+        assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr[-3000:]
+        assert message.startswith(f"error: cannot get {asked}: http://127.0.0.1:"), failed.stderr
+        assert words in message and advice in message and "--preset demo" in message, message
+        assert len(message.splitlines()) == 3 and not (tmp_path / "runs").exists()
+        if everything and paths == DATASET:  # the pixels first, or the teacher is never asked for
+            troubled(tmp_path, status(404), TEACHER)
+    done = troubled(tmp_path)
+    assert done.returncode == 0 and "done. Evaluate with" in done.stdout, done.stderr[-3000:]
+    (labels,) = (tmp_path / "cache" / "stores").glob("cifar10-train-*/labels.npy")
+    assert np.load(labels).tolist() == list(range(32))
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "trouble, requests, least",
+    [
+        (status(429), "/resolve/", 6),
+        (status(500), "HEAD .*/resolve/", 4),  # a file's own answer of 500 is not asked for again
+        (hang_up, "GET .*/resolve/.*(parquet|safetensors)", 2),
+        (late, "HEAD .*/resolve/", 4),
+    ],
+)
+def test_a_trouble_that_passes_goes_unnoticed(troubled, tmp_path, trouble, requests, least):
+    troubled.forget()
+    done = troubled(tmp_path, trouble, requests, once=True)
+    assert len(troubled.server.trouble[2]) >= least, "of both, each request failed once"
+    assert done.returncode == 0 and "done. Evaluate with" in done.stdout, done.stderr[-3000:]
