@@ -142,7 +142,7 @@ def step(folder: Path) -> None:
         ("vit_small_patch16_224", "", "ViT-S/16, 21.6 M"),
         ("vit_tiny_patch16_224", "depth=6", "ViT of 2.8 M"),
     ):
-        cfg = settings(folder, student=name, student_args=args, max_samples=768)
+        cfg = settings(folder, student=name, student_args=args, max_samples=512)
         dtype = model.pick_dtype(cfg.precision, model.pick_device(cfg.device))
         student, teacher = floor_step(cfg, dtype)
         floors, warm, asked, off = [], [], [], []
@@ -252,13 +252,13 @@ def naive_run(cfg: Config, images: list) -> list[float]:
 def naive(folder: Path) -> None:
     import PIL.Image
 
-    cfg = settings(folder, max_samples=256, epochs=50, teacher_views=4)
+    cfg = settings(folder, max_samples=128, epochs=50, teacher_views=4)
     store = data.open_store(cfg, "train", cfg.teacher_size, cfg.max_samples)
-    images = [PIL.Image.fromarray(x.transpose(1, 2, 0)) for x in store.images[np.arange(256)]]
+    images = [PIL.Image.fromarray(x.transpose(1, 2, 0)) for x in store.images[np.arange(128)]]
     theirs = naive_run(cfg, images)
     ours = timed_run(cfg)
     print(
-        "50 epochs over 256 images, DINOv2 ViT-S/14 at 112 px -> vit_tiny_patch16_224 at 96 px, "
+        "50 epochs over 128 images, DINOv2 ViT-S/14 at 112 px -> vit_tiny_patch16_224 at 96 px, "
         f"batch 64\n\nthe course project's way: {sum(theirs):.0f} s, an epoch "
         f"{statistics.median(theirs):.2f} s (median of {len(theirs)}; model loading not counted)"
         f"\ntrain.py, V = 4: {ours:.0f} s, with store, models, statistics and checkpoints"
