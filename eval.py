@@ -52,7 +52,7 @@ BASELINE = frozenset(  # checkpoints that agree in these share data, teacher and
     .split())
 ENTRIES = dict(  # of a checkpoint, and their types
     student=dict, heads=dict, optimiser=dict, scaler=dict, step=int, epoch=(int, float),
-    metrics=dict, store=str, config=dict)
+    metrics=dict, store=str, teacher=str, config=dict)
 
 
 # ---------------------------------------------------------------------------- features
@@ -116,7 +116,7 @@ def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, ks=NEIGHBOURS) -
     train, classes = F.normalize(train.float(), dim=1), int(labels.max()) + 1
     half = train.bfloat16() if train.device.type == "cpu" and cpu_has_bf16() else None
     predictions = []
-    for some in F.normalize(queries.float(), dim=1).split(1024):
+    for some in F.normalize(queries.float(), dim=1).split(512):
         cos, rows = nearest(some, train, half, min(max(ks), len(train)))
         votes = ((cos - 1) / TEMPERATURE).exp()
         counts = [torch.zeros(len(some), classes, device=train.device).scatter_add_(

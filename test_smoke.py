@@ -703,6 +703,18 @@ def test_a_store_that_was_cut_short_is_named(tiny, tmp_path):
         train.main(cfg)
 
 
+def test_a_run_is_not_continued_with_other_weights_of_its_teacher(tiny, tmp_path):
+    cfg = tiny(epochs=1)
+    train.main(cfg)
+    weights = safetensors.torch.load_file(model.DEMO_TEACHER)
+    same_file, other = str(tmp_path / "moved.safetensors"), str(tmp_path / "other.safetensors")
+    safetensors.torch.save_file(weights, same_file)
+    safetensors.torch.save_file(weights | {"norm.bias": weights["norm.bias"] + 0.01}, other)
+    train.main(dataclasses.replace(cfg, epochs=2, teacher_weights=same_file))
+    with pytest.raises(UserError, match="another teacher .*the weights of demo may have changed"):
+        train.main(dataclasses.replace(cfg, epochs=3, teacher_weights=other))
+
+
 def test_a_run_is_not_continued_on_data_that_changed(tiny, tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
@@ -711,7 +723,7 @@ def test_a_run_is_not_continued_on_data_that_changed(tiny, tmp_path):
     cfg = tiny(dataset=str(folder), max_samples=0, epochs=1, eval_every=1)
     train.main(cfg)  # there is no test split to check on, and that is no reason to stop
     (folder / "one_more.png").write_bytes(png(99))
-    with pytest.raises(UserError, match="own has changed"):
+    with pytest.raises(UserError, match="own may have changed"):
         train.main(dataclasses.replace(cfg, epochs=2))
 
 

@@ -108,8 +108,8 @@ def open_log(run: Path, rank: int) -> None:
 def forget_after(step: int, path: Path) -> None:
     """Drop the lines of metrics.jsonl that a continued run will write again, and a torn one."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
@@ -180,6 +180,7 @@ def main(cfg: Config) -> dict:
 
 
 def fit(cfg: Config, rank: int, world: int) -> dict:
+    """The run, front to back; `main` has seen that it is the only one in its folder."""
     # ---------------------------------------------------------------- where
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.precision, device)
@@ -198,15 +199,20 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
     # ---------------------------------------------------------------- what
     size_limit = max(cfg.teacher_size, cfg.student_size)
     store = data.open_store(cfg, cfg.train_split, size_limit, cfg.max_samples)
-    if saved and saved["store"] != store.path.name:
-        raise UserError(f"{run} holds a run on other data, or {cfg.dataset} has changed: choose "
-                        "another --run_dir, or --no_resume to move that run aside")
     samples = min(cfg.samples_per_epoch or len(store), len(store))
     steps_per_epoch = -(-samples // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch
     if samples < cfg.batch_size:
         raise UserError(f"an epoch has {samples} images, fewer than --batch_size {cfg.batch_size}")
-    teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights).to(device)
+    teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
+    made_of = dict(store=store.path.name, teacher=models.fingerprint(teacher))
+    for what, name in made_of.items():
+        if saved and saved[what] != name:
+            which = cfg.dataset if what == "store" else f"the weights of {cfg.teacher}"
+            raise UserError(f"{run} holds a run with another {what} (saved {saved[what]}, asked "
+                            f"{name}): {which} may have changed. Choose another --run_dir, or "
+                            "--no_resume to move that run aside.")
+    teacher.to(device)
     # Only now, with data and teacher at hand, is anything written that belongs to the run.
     if not cfg.resume and run.exists() and rank == 0:
         run.rename(f"{run}.old-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
@@ -300,7 +306,7 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
     bank = None
     if 0 < cfg.teacher_views < cfg.epochs:
         heads = *distiller.cls_head.buffers(), *distiller.patch_head.buffers()
-        key = models.fingerprint(teacher, *heads, store.path.name, dtype, student.grid, cfg.seed,
+        key = models.fingerprint(*made_of.values(), *heads, dtype, student.grid, cfg.seed,
                                  cfg.teacher_size, cfg.crop_scale)
         shape = 1 + math.prod(student.grid), distiller.cls_head.out_dim
         bank = data.Bank(Path(cfg.cache_dir) / "banks" / key, cfg.teacher_views, len(store), *shape)
@@ -309,8 +315,8 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
         state = dict(
             student=student.net.state_dict(), optimiser=optimiser.state_dict(),
             heads=distiller.heads.state_dict(), scaler=scaler.state_dict(), step=step,
-            epoch=step / steps_per_epoch, metrics=metrics, store=store.path.name,
-            config=dataclasses.asdict(cfg))
+            epoch=step / steps_per_epoch, metrics=metrics, config=dataclasses.asdict(cfg),
+            **made_of)
         for path in paths:
             write_atomically(path, lambda temporary: torch.save(state, temporary))
 

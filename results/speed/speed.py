@@ -174,29 +174,34 @@ def timed_run(cfg: Config) -> float:
 
 
 def bank(folder: Path) -> None:
+    print("DINOv2 ViT-S/14 at 112 px -> vit_tiny_patch16_224 at 96 px, batch 128\n")
+    bank_steps(folder)
     # One view in 12 epochs: nearly the share that four have in 50.
-    short = settings(folder, max_samples=256, epochs=12, teacher_views=1, log_every=1)
+    short = settings(folder, max_samples=256, epochs=12, teacher_views=1, batch_size=128)
     live = dataclasses.replace(short, teacher_views=0)
-    totals, fill, warm, off = ([], []), [], [], []
-    for _ in range(REPEATS):
-        totals[0].append(timed_run(short))
-        fill += logged_speeds(short, 0)
-        warm += logged_speeds(short, 9)
-        totals[1].append(timed_run(live))
-        off += logged_speeds(live, 9)
-    fill, warm, off = (1 / statistics.median(speeds) for speeds in (fill, warm, off))
-    with_bank, without = map(statistics.median, totals)
-    print("DINOv2 ViT-S/14 at 112 px -> vit_tiny_patch16_224 at 96 px, batch 64\n")
+    runs = [(timed_run(short), timed_run(live)) for _ in range(REPEATS)]
+    with_bank, without = map(statistics.median, zip(*runs, strict=True))
     print(
         f"12 epochs of 256 images, start-up and all: {with_bank:.1f} s with one stored view, "
         f"{without:.1f} s without: {without / with_bank:.2f} times"
     )
-    print(
-        f"a step, ms per image: {fill * 1e3:.2f} filling, {warm * 1e3:.2f} reading, "
-        f"{off * 1e3:.2f} without"
+
+
+def bank_steps(folder: Path) -> None:
+    short = settings(
+        folder, max_samples=1024, epochs=3, teacher_views=1, log_every=1, batch_size=128
     )
+    fill, warm, off = [], [], []
+    for _ in range(3):  # runs, of 7 steps each
+        timed_run(short)
+        fill += logged_speeds(short, 0)
+        warm += logged_speeds(short, 1)
+        run(dataclasses.replace(short, teacher_views=0, epochs=1))
+        off += logged_speeds(short, 0)
+    fill, warm, off = (1e3 / statistics.median(speeds) for speeds in (fill, warm, off))
     print(
-        f"50 epochs: 50 x {off * 1e3:.2f} / (4 x {fill * 1e3:.2f} + 46 x {warm * 1e3:.2f}) = "
+        f"a step, ms per image: {fill:.2f} filling, {warm:.2f} reading, {off:.2f} without\n"
+        f"50 epochs, V = 4: 50 x {off:.2f} / (4 x {fill:.2f} + 46 x {warm:.2f}) = "
         f"{50 * off / (4 * fill + 46 * warm):.2f} times"
     )
 
