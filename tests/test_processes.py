@@ -49,6 +49,7 @@ def test_two_ranks_give_the_losses_of_one_and_resume(tmp_path):
     assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
 
 
+@pytest.mark.slow
 def test_compiled_runs_keep_plain_names_and_nearly_the_losses(tmp_path):
     plain, compiled = (run(tmp_path, n, "--epochs", "1", "--compile", n) for n in ("off", "on"))
     if compiled.returncode and "compiler" in compiled.stderr:
