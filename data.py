@@ -248,7 +248,8 @@ class RowFile:
 
     def __setitem__(self, rows, values: np.ndarray) -> None:
         for row, value in zip(rows.tolist(), np.ascontiguousarray(values), strict=True):
-            os.pwritev(self.file.fileno(), [value], row * self.row_bytes)
+            if os.pwritev(self.file.fileno(), [value], row * self.row_bytes) != self.row_bytes:
+                raise OSError(f"{self.file.name}: a row was written in part")  # a full disk
 
 
 class Store:

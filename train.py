@@ -250,7 +250,7 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
         begin = time.time()
         for images, index, stored in loader:
             if resident is None:
-                images = images.to(device, non_blocking=workers > 0)
+                images = data.to_device(images, device)
             else:
                 images = resident[data.to_device(index, device)]
             waited += time.time() - begin
@@ -268,7 +268,7 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
         """Targets [B, T, K] of a view: out of the bank, where it has them."""
         if bank is None:
             return distiller.targets(ask_teacher(images, box))
-        tokens, scale = (part.to(device, non_blocking=True) for part in stored[:2])
+        tokens, scale = (data.to_device(part, device) for part in stored[:2])
         missing = (stored[2] == 0).nonzero()[:, 0]
         if len(missing):
             rows = data.to_device(missing, device)

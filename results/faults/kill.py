@@ -61,7 +61,7 @@ def outcome(folder: Path) -> dict:
         elif isinstance(item, torch.Tensor):
             digest.update(item.numpy().tobytes())
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    out = dict(weights=digest.hexdigest(), steps=str([json.loads(line)["step"] for line in lines]))
+    out = dict(weights=digest.hexdigest(), steps=[json.loads(line)["step"] for line in lines])
     for kind in ("stores", "banks"):
         files = sorted(f for f in (folder / "cache" / kind).rglob("*") if f.suffix != ".lock")
         digest = hashlib.sha256()
@@ -119,8 +119,8 @@ def main(kills: int, number: int) -> None:
             text, _ = process.communicate()
             assert process.returncode == 0, text[-2000:]
             found, runs = outcome(folder), runs + 1
-            if number != signal.SIGKILL:  # it also logs the step at which it stops
-                found["steps"] = expected["steps"]
+            if number != signal.SIGKILL:  # it also logs the steps at which it stops
+                found["steps"] = [s for s in found["steps"] if s in expected["steps"]]
             assert found == expected, {k: (found[k], expected[k]) for k in expected}
             print(f"# run {runs}: {sum(hits.values())} so far, same bits", flush=True)
     name = signal.Signals(number).name
