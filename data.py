@@ -26,6 +26,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageOps
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -622,6 +623,10 @@ def render(images: Tensor, boxes: Tensor | None, size: int) -> Tensor:
     anti-aliasing, as PIL's `resize(box=...)`; separable, so two matrix products per image do it.
     """
     S = images.shape[-1]
+    if boxes is None and images.device.type == "cpu":  # four times faster, rounded as PIL does
+        images = images.contiguous(memory_format=torch.channels_last)
+        whole = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        return whole.contiguous().float() / 255
     if boxes is None:
         boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     boxes = to_device(boxes, images.device)

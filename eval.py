@@ -133,21 +133,23 @@ def fit_probe(x: Tensor, y: Tensor, classes: int, C: float, start: Tensor | None
     scikit-learn's LogisticRegression(C), by full-batch L-BFGS, until no entry of the gradient is
     above tolerance. start: weights to begin from.
     """
-    w = torch.zeros(classes, x.shape[1] + 1).to(x) if start is None else start.clone()
-    w.requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [w], max_iter=1000, history_size=10, tolerance_grad=tolerance, tolerance_change=1e-10,
-        line_search_fn="strong_wolfe")
+    w = torch.zeros(classes, x.shape[1] + 1) if start is None else start
+    for z in (x.float(), x):  # float32 does most of the way, at twice the speed
+        w = w.to(z, copy=True).requires_grad_()
+        optimiser = torch.optim.LBFGS(
+            [w], max_iter=1000, history_size=10, tolerance_grad=tolerance, tolerance_change=1e-10,
+            line_search_fn="strong_wolfe")
 
-    def closure():
-        optimiser.zero_grad()
-        loss = F.cross_entropy(F.linear(x, w[:, :-1], w[:, -1]), y)
-        loss = loss + w[:, :-1].square().sum() / (2 * C * len(x))
-        loss.backward()
-        return loss
+        def closure(z=z, w=w, optimiser=optimiser):
+            optimiser.zero_grad()
+            loss = F.cross_entropy(F.linear(z, w[:, :-1], w[:, -1]), y)
+            loss = loss + w[:, :-1].square().sum() / (2 * C * len(z))
+            loss.backward()
+            return loss
 
-    optimiser.step(closure)
-    return w.detach()
+        optimiser.step(closure)
+        w = w.detach()
+    return w
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor) -> tuple[Tensor, float]:

@@ -471,7 +471,7 @@ def test_fixed_heads_centre_the_targets_and_keep_what_they_can(kind, dims):
         torch.randn(2000, teacher_dim, generator=generator) * torch.linspace(3, 0.1, teacher_dim)
         + 5
     )
-    head = model.Head(kind, *dims)
+    head = model.Head(kind, *dims, whiten=0.0)
     head.fit(features)
     target = head.target(features)
     assert target.shape == (2000, student_dim) and target.mean(0).abs().max() < 1e-4
@@ -491,9 +491,18 @@ def test_fixed_heads_centre_the_targets_and_keep_what_they_can(kind, dims):
         assert torch.allclose(head.basis.T @ head.basis, torch.eye(student_dim), atol=1e-5)
 
 
+def test_pca_targets_are_half_whitened():
+    features = torch.randn(3000, 64) * torch.linspace(0.1, 9, 64) - 4
+    plain, half = model.Head("pca", 24, 64, whiten=0.0), model.Head("pca", 24, 64)
+    plain.fit(features)
+    half.fit(features)
+    before, after = plain.target(features).std(0), half.target(features).std(0)
+    assert torch.allclose(after, before.sqrt(), rtol=1e-2) and before.max() > 1.4 * before.min()
+
+
 def test_learned_heads_and_smooth_l1_see_standardised_targets():
     features = torch.randn(3000, 64) * torch.linspace(0.1, 9, 64) - 4
-    for head in (model.Head("linear", 24, 64), model.Head("pca", 24, 64, standardise=True)):
+    for head in (model.Head("linear", 24, 64), model.Head("pca", 24, 64, whiten=1.0)):
         head.fit(features)
         target = head.target(features)
         assert target.mean(0).abs().max() < 1e-3 and (target.std(0) - 1).abs().max() < 1e-2

@@ -1,0 +1,367 @@
+"""What each setting is worth: short runs on CIFAR-10 that differ from `base` in one thing.
+
+    python results/recipe/sweep.py IMAGES WEIGHTS                     # every row
+    python results/recipe/sweep.py IMAGES WEIGHTS "head linear" base  # some rows
+    python results/recipe/sweep.py --table                            # runs.jsonl as Markdown
+
+IMAGES is CIFAR-10 as train.py's --dataset takes it, WEIGHTS those of the stand-in teacher (any timm
+model: see TEACHER). The teacher is asked once about each of two views; its answers are kept as
+they are, so that rows with other heads and losses read the same ones. Student, heads, views,
+schedule and verdict are the project's modules; the loop is train.py's without its precautions. The
+objectives that train.py does not have, the peers' and the naive ones, are the classes below. Each
+run adds a line to runs.jsonl; runs that are there already are not repeated.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+from config import Config  # noqa: E402
+from model import Features  # noqa: E402
+
+RUNS = HERE / "runs.jsonl"
+TEACHER = "tf_efficientnet_lite0"
+BASE = dict(teacher=TEACHER, teacher_size=96, student="vit_tiny_patch16_224", student_size=64,
+            student_args="depth=4", batch_size=128, epochs=4, teacher_views=2,
+            num_workers=1)
+JUDGED = 20_000, 10_000  # training and test images of the verdict
+# The naive recipe needs a teacher grid (6 x 6) that is larger than the student's (4 x 4).
+NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20)
+
+# ---------------------------------------------------------------------------- other objectives
+
+
+class Uncentred(model.Distiller):
+    """Targets keep the mean that all images share."""
+
+    def fit_heads(self, features):
+        super().fit_heads(features)
+        self.cls_head.mean.zero_()
+        self.patch_head.mean.zero_()
+
+
+class Whitened(model.Distiller):
+    """Targets are divided by their standard deviation to another power than Head's own."""
+
+    POWER = 1.0
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        self.cls_head.whiten = self.patch_head.whiten = self.POWER
+
+
+class NotWhitened(Whitened):
+    POWER = 0.0
+
+
+class QuarterWhitened(Whitened):
+    POWER = 0.25
+
+
+class PatchMSE(nn.Module):
+    """Patch features only: the mean squared error to the teacher's, unnormalised (LightlyTrain v2).
+
+    A linear map of the student's patches, resampled to the teacher's grid. The student's embedding
+    is the mean of its patches: its class token learns nothing.
+    """
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__()
+        self.student, self.teacher_grid = student, teacher.grid
+        self.predict = nn.Linear(student.embed_dim, teacher.embed_dim)
+
+    def fit_heads(self, features):
+        pass
+
+    def targets(self, features):
+        return features
+
+    def forward(self, images, targets, local=None):
+        patches = self.predict(self.student(images).patches)
+        patches = model.resample_patches(patches, self.student.grid, self.teacher_grid)
+        return F.mse_loss(patches.float(), targets.patches.float()), None
+
+
+class QueueKL(PatchMSE):
+    """The global embedding only: the teacher's similarities to a queue of its earlier answers.
+
+    KL divergence of softmax(T Q / 0.07) and softmax(S Q / 0.07), all of unit length, S behind a
+    linear map (LightlyTrain v1).
+    """
+
+    SIZE, TEMPERATURE = 8192, 0.07
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        generator = torch.Generator().manual_seed(0)
+        queue = torch.randn(self.SIZE, teacher.embed_dim, generator=generator)
+        self.register_buffer("queue", F.normalize(queue, dim=1))
+
+    def fit_heads(self, features):
+        seen = F.normalize(torch.cat([f.cls for f in features]).float(), dim=1)
+        self.queue[: len(seen)] = seen
+
+    def forward(self, images, targets, local=None):
+        said = F.normalize(self.predict(self.student(images).cls).float(), dim=1)
+        asked = F.normalize(targets.cls.float(), dim=1)
+        queue = self.queue.clone()
+        theirs = (asked @ queue.T / self.TEMPERATURE).log_softmax(1)
+        ours = (said @ queue.T / self.TEMPERATURE).log_softmax(1)
+        self.queue = torch.cat([asked, self.queue[: -len(asked)]])
+        return F.kl_div(ours, theirs, log_target=True, reduction="batchmean"), None
+
+
+class Truncated(model.Distiller):
+    """The teacher's first N patches in raster order stand for the student's N."""
+
+    def targets(self, features):
+        patches = features.patches[:, : self.grid[0] * self.grid[1]]
+        targets = self.cls_head.target(features.cls)[:, None], self.patch_head.target(patches)
+        return torch.cat(targets, 1)
+
+
+class TrainedMap(model.Distiller):
+    """A trained linear map on the teacher's side in place of the fixed one."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        self.maps = nn.ModuleList(nn.Linear(teacher.embed_dim, student.embed_dim) for _ in "12")
+
+    def patches(self, features):
+        return model.resample_patches(features.patches, self.teacher_grid, self.grid)
+
+    def targets(self, features):
+        patches = self.maps[1](self.patches(features))
+        return torch.cat([self.maps[0](features.cls)[:, None], patches], 1)
+
+
+class TrainedTruncated(TrainedMap):
+    def patches(self, features):
+        return features.patches[:, : self.grid[0] * self.grid[1]]
+
+
+# ---------------------------------------------------------------------------- rows
+
+# Beside settings of train.py: objective, a class in place of model.Distiller; ema, the decay of a
+# weight average that is judged in place of the last weights; seeds, how many of them.
+ROWS = {
+    "base": dict(seeds=3),
+    "head frozen": dict(head="frozen"),
+    "head linear": dict(head="linear", seeds=3),
+    "head mlp": dict(head="mlp", seeds=3),
+    "targets uncentred": dict(objective=Uncentred),
+    "targets not whitened": dict(objective=NotWhitened, seeds=3),
+    "targets quarter whitened": dict(objective=QuarterWhitened),
+    "targets whitened": dict(objective=Whitened, seeds=3),
+    "loss smooth_l1": dict(loss="smooth_l1"),
+    "loss mse": dict(loss="mse"),
+    "patch weight 0": dict(patch_weight=0.0),
+    "patch weight 0.25": dict(patch_weight=0.25),
+    "patch weight 1": dict(patch_weight=1.0),
+    "cls weight 0, mean of patches": dict(cls_weight=0.0, patch_weight=1.0, pool="mean"),
+    "pool mean": dict(pool="mean"),
+    "jitter 0": dict(jitter=0.0, seeds=3),
+    "jitter 0.2": dict(jitter=0.2, seeds=3),
+    "lr 5e-4": dict(lr=5e-4),
+    "lr 2e-3": dict(lr=2e-3, seeds=3),
+    "lr 4e-3": dict(lr=4e-3),
+    "weight decay 0": dict(weight_decay=0.0),
+    "weight decay 0.2": dict(weight_decay=0.2),
+    "warm-up 0.2 epochs": dict(warmup_epochs=0.2),
+    "batch 64": dict(batch_size=64),
+    "batch 256": dict(batch_size=256),
+    "batch 256, lr 2e-3": dict(batch_size=256, lr=2e-3),
+    "ema 0.999": dict(ema=0.999),
+    "ema 0.99": dict(ema=0.99),
+    "local crops 2 of 32 px": dict(local_crops=2, local_size=32),
+    "crop 0.2": dict(crop_scale=0.2),
+    "crop 0.7": dict(crop_scale=0.7),
+    # students
+    "48 px": dict(student_size=48),
+    "96 px, grid 6 x 6": dict(student_size=96),
+    "64 px, patch 8, grid 8 x 8": dict(student_args="depth=4 patch_size=8"),
+    "width 256, depth 4": dict(student_args="depth=4 embed_dim=256 num_heads=4"),
+    "width 192, depth 8": dict(student_args="depth=8"),
+    "init jax": dict(student_args="depth=4 weight_init=jax"),
+    "resnet10t": dict(student="resnet10t", student_args=""),
+    "convnext_atto": dict(student="convnext_atto", student_args=""),
+    "mobilenetv3_small_100": dict(student="mobilenetv3_small_100", student_args=""),
+    "resnet18": dict(student="resnet18", student_args=""),
+    # what others do
+    "normalised MSE, frozen random map": dict(loss="mse", head="frozen", seeds=3),
+    "patch MSE only": dict(objective=PatchMSE, pool="mean", seeds=3),
+    "KL over a queue, CLS only": dict(objective=QueueKL, seeds=3),
+    # what went wrong
+    "naive: none of the mistakes": dict(NAIVE),
+    "naive: trained map on the teacher's side": dict(NAIVE, objective=TrainedMap),
+    "naive: truncated patches": dict(NAIVE, objective=Truncated),
+    "naive: mean MSE": dict(NAIVE, loss="mse"),
+    "naive: trained map, truncated": dict(NAIVE, objective=TrainedTruncated),
+    "naive: trained map, mean MSE": dict(NAIVE, objective=TrainedMap, loss="mse"),
+    "naive: truncated, mean MSE": dict(NAIVE, objective=Truncated, loss="mse"),
+    "naive: all three": dict(NAIVE, objective=TrainedTruncated, loss="mse"),
+}
+
+
+def config_of(row: str, images: str, weights: str, seed: int = 0) -> Config:
+    names = {field.name for field in dataclasses.fields(Config)}
+    changes = {k: v for k, v in ROWS[row].items() if k in names}
+    return Config(**BASE | changes | dict(dataset=images, teacher_weights=weights, seed=seed))
+
+
+# ---------------------------------------------------------------------------- a run
+
+
+class Answers:
+    """What the teacher says, as it says it: asked once for each view of each image."""
+
+    def __init__(self, teacher, store: data.Store, cfg: Config, dtype):
+        key = model.fingerprint(teacher, store.path.name, cfg.teacher_size, cfg.crop_scale)
+        tokens = 1 + teacher.grid[0] * teacher.grid[1]
+        path = Path(cfg.cache_dir) / "answers" / key
+        self.bank = data.Bank(path, cfg.teacher_views, len(store), tokens, teacher.embed_dim)
+        self.teacher, self.cfg, self.dtype = teacher, cfg, dtype
+
+    def __call__(self, images, index, number: int, stored) -> tuple[torch.Tensor, Features]:
+        """Boxes of view `number`, the same for every seed, and the Features of it."""
+        box = data.view(0, number, index, (self.cfg.crop_scale, 1.0))
+        tokens, scale, done = stored
+        missing = (done == 0).nonzero()[:, 0]
+        if len(missing):
+            with torch.inference_mode(), torch.autocast("cpu", self.dtype):
+                views = data.render(images[missing], box[missing], self.cfg.teacher_size)
+                said = self.teacher(views)
+            fresh = data.quantise(torch.cat([said.cls[:, None], said.patches], 1).float())
+            self.bank.write(number, index[missing], *fresh)
+            tokens[missing], scale[missing] = fresh
+        values = data.dequantise(tokens, scale)
+        return box, Features(values[:, 0], values[:, 1:])
+
+
+def run(cfg: Config, objective=model.Distiller, ema: float = 0.0) -> dict:
+    """Train and judge one student; returns its row."""
+    dtype = model.pick_dtype(cfg.precision, model.pick_device("cpu"))
+    store = data.open_store(cfg, "train", max(cfg.teacher_size, cfg.student_size), cfg.max_samples)
+    teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
+    answers = Answers(teacher, store, cfg, dtype)
+    student = evaluation.student_of(cfg).train()
+    distiller = objective(student, teacher, cfg)
+
+    def batches(epoch: int, samples: int = 0):
+        order = data.epoch_order(len(store), samples, cfg.seed, epoch)
+        number = epoch % cfg.teacher_views
+        for images, index, stored in data.loader(
+                store, order, cfg.batch_size, bank=answers.bank, view=number):
+            yield images, index, *answers(images, index, number, stored)
+
+    distiller.fit_heads([features for *_, features in batches(0, train.STAT_IMAGES)])
+    groups = train.parameter_groups(distiller, cfg.weight_decay)
+    optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=train.BETAS, fused=True)
+    average = torch.optim.swa_utils.AveragedModel(
+        student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema)) if ema else None
+    per_epoch, step, losses = -(-len(store) // cfg.batch_size), 0, []
+    begin = time.process_time()
+    progress = tqdm(total=cfg.epochs * per_epoch, disable=None)
+    for epoch in range(cfg.epochs):
+        for images, index, box, features in batches(epoch):
+            views, local = data.student_views(images, index, box, cfg, epoch)
+            for group in optimiser.param_groups:
+                group["lr"] = train.learning_rate(step, per_epoch, cfg)
+            with torch.autocast("cpu", dtype):
+                loss, _ = distiller(views, distiller.targets(features), local)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(distiller.parameters(), cfg.grad_clip)
+            optimiser.step()
+            if average:
+                average.update_parameters(student)
+            step += 1
+            losses.append(loss.detach())
+            progress.update()
+    seconds = time.process_time() - begin
+    bench = evaluation.Bench(cfg, *JUDGED)
+    judged = average.module.eval() if average else student
+    row = bench.judge(*bench.features(judged))
+    return row | dict(parameters=student.parameter_count, cpu_seconds=round(seconds),
+                      loss=float(torch.stack(losses[-per_epoch:]).mean()))
+
+
+def judge_teacher(cfg: Config) -> dict:
+    model.pick_device("cpu")
+    teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
+    bench = evaluation.Bench(cfg, *JUDGED)
+    return bench.judge(*bench.features(teacher)) | dict(parameters=teacher.parameter_count)
+
+
+# ---------------------------------------------------------------------------- the table
+
+
+def known_runs() -> list[dict]:
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+
+
+def table() -> str:
+    """runs.jsonl as Markdown: means over the seeds and, in brackets, lowest and highest k-NN."""
+    runs = known_runs()
+    lines = ["| row | seeds | k-NN | linear | keeps k-NN | keeps linear | spread | rank | "
+             "CPU min |", "|---|---|---|---|---|---|---|---|---|"]
+    for name in [f"teacher, {size} px" for size in (96, 192)] + list(ROWS):
+        of = [r for r in runs if r["row"] == name]
+        if not of:
+            continue
+        mean = {k: statistics.mean(r[k] for r in of) for k in of[0] if k not in ("row", "settings")}
+        size = of[0]["settings"].get("teacher_size", 96) if "settings" in of[0] else 0
+        ref = next((r for r in runs if r["row"] == f"teacher, {size} px"
+                    and r["images"] == of[0]["images"]), None)
+        range_ = (f" [{min(r['knn20'] for r in of):.1%}, {max(r['knn20'] for r in of):.1%}]"
+                  if len(of) > 1 else "")
+        keeps = [f"{mean[k] / ref[k]:.1%}" if ref and "settings" in of[0] else "-"
+                 for k in ("knn20", "linear")]
+        minutes = f"{mean['cpu_seconds'] / 60:.1f}" if "cpu_seconds" in mean else "-"
+        lines.append(
+            f"| {name} | {len(of)} | {mean['knn20']:.1%}{range_} | {mean['linear']:.1%} | "
+            f"{' | '.join(keeps)} | {mean['spread']:.2f} | {mean['rank']:.0f} | {minutes} |")
+    return "\n".join(lines)
+
+
+def main(images: str, weights: str, *rows: str) -> None:
+    for row in rows or ROWS:
+        given = ROWS[row]
+        settings = {k: getattr(v, "__name__", v) for k, v in given.items() if k != "seeds"}
+        extras = {k: given[k] for k in ("objective", "ema") if k in given}
+        for seed in range(given.get("seeds", 1)):
+            cfg = config_of(row, images, weights, seed)
+            name, count = f"teacher, {cfg.teacher_size} px", cfg.max_samples or 50_000
+            if not any(r["row"] == name and r["images"] == count for r in known_runs()):
+                add(dict(row=name, seed=0, images=count, **judge_teacher(cfg)))
+            if not any(r["row"] == row and r["seed"] == seed for r in known_runs()):
+                add(dict(row=row, seed=seed, images=count, epochs=cfg.epochs, settings=settings,
+                         **run(cfg, **extras)))
+
+
+def add(row: dict) -> None:
+    with open(RUNS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    if "--table" in sys.argv:
+        print(table())
+    else:
+        main(*sys.argv[1:])
