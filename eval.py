@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 from config import Config, EvalConfig, UserError, cli, data_problems, reason, slug, wrong_values
@@ -67,7 +66,8 @@ def extract(backbone: Backbone, store: data.Store, rows, batch_size: int, dtype)
     """CLS embeddings of whole images: float32 [len(rows), D] on the CPU."""
     device, out = backbone.mean.device, []
     backbone.eval()
-    for some in tqdm(_chunks(rows, batch_size), desc="features", leave=False, disable=None):
+    chunks = _chunks(rows, batch_size)
+    for some in data.progress(chunks, "features", len(rows), batch_size):
         images = torch.from_numpy(store.images[some]).to(device)
         images = data.render(images, None, backbone.image_size)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -116,7 +116,8 @@ def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, ks=NEIGHBOURS) -
     train, classes = F.normalize(train.float(), dim=1), int(labels.max()) + 1
     half = train.bfloat16() if train.device.type == "cpu" and cpu_has_bf16() else None
     predictions = []
-    for some in F.normalize(queries.float(), dim=1).split(512):
+    queries = F.normalize(queries.float(), dim=1)
+    for some in data.progress(queries.split(512), "k-NN", len(queries), 512):
         cos, rows = nearest(some, train, half, min(max(ks), len(train)))
         votes = ((cos - 1) / TEMPERATURE).exp()
         counts = [torch.zeros(len(some), classes, device=train.device).scatter_add_(
@@ -162,7 +163,7 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor) -> tuple[Tensor, f
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
     held, rest = order.tensor_split([max(1, int(HOLDOUT * len(order)))])
     w, best, best_C, worse = None, -1.0, STRENGTHS[0], 0
-    for C in tqdm(STRENGTHS, "linear probe", leave=False, disable=None):
+    for C in data.progress(STRENGTHS, "linear probe", len(STRENGTHS)):
         w = fit_probe(train[rest], labels[rest], classes, C, w, tolerance=1e-4)
         hits = F.linear(train[held], w[:, :-1], w[:, -1]).argmax(1) == labels[held]
         worse += 1
@@ -299,7 +300,8 @@ class Bench:
         """Raw pixels as features: float32 [N, 3 * PIXELS * PIXELS]."""
 
         def flat(store, rows):
-            images = (torch.from_numpy(store.images[some]) for some in _chunks(rows, 1024))
+            chunks = data.progress(_chunks(rows, 1024), "raw pixels", len(rows), 1024)
+            images = (torch.from_numpy(store.images[some]) for some in chunks)
             return torch.cat([data.render(batch, None, PIXELS).flatten(1) for batch in images])
 
         return flat(self.train, self.train_rows), flat(self.test, self.test_rows)

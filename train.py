@@ -295,7 +295,7 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
         size = min(64, len(store))
         total = min(STAT_IMAGES, len(store)) // size
         first = batches(0, total * size, size)
-        first = tqdm(first, "measuring the teacher", total, leave=False, disable=None)
+        first = data.progress(first, "measuring the teacher", total * size, size)
         distiller.fit_heads(ask_teacher(images, view_of(0, i)) for images, i, _ in first)
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
         distiller.compile()  # in place, so that state-dict keys stay plain
