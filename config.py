@@ -168,6 +168,7 @@ class EvalConfig:
     probe: bool = option(True, "fit the linear probe")
     teacher_weights: str = option("", "where the teacher's weights are now")
     save_features: str = option("", "write the last student's features to this .safetensors")
+    figures: str = option("", "write the last student's patches.png and neighbors.png here")
     batch_size: int = option(256, "images per forward", low=1)
     cache_dir: str = option("", "where decoded images are kept")
     num_workers: int = option(-1, "processes that decode; -1 = one per core", low=-1)
