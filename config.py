@@ -168,6 +168,7 @@ class EvalConfig:
     probe: bool = option(True, "fit the linear probe")
     teacher_weights: str = option("", "where the teacher's weights are now")
     save_features: str = option("", "write the last student's features to this .safetensors")
+    figures: str = option("", "write the last student's patches.png and neighbors.png here")
     batch_size: int = option(256, "images per forward", low=1)
     cache_dir: str = option("", "where decoded images are kept")
     num_workers: int = option(-1, "processes that decode; -1 = one per core", low=-1)
@@ -238,6 +239,10 @@ def validate(cfg, *checks, found=()) -> None:
         raise UserError(found[0] if len(found) == 1 else several)
 
 
+def refuse(message: str) -> None:
+    raise UserError(message)
+
+
 def parse(cls, argv: list[str], *checks):
     """Command line -> a validated `cls`: the preset first, then the flags.
 
@@ -245,6 +250,7 @@ def parse(cls, argv: list[str], *checks):
     """
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
+    parser.error = refuse  # argparse would print its usage and exit
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     for f in dataclasses.fields(cls):
         default = f" (default: {f.default})" if f.default not in ("", ()) else ""
@@ -252,13 +258,13 @@ def parse(cls, argv: list[str], *checks):
         if f.type is tuple:
             parser.add_argument(f.name, nargs="*", help=text)
         elif f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(f"--{f.name}", action="store_true", help=text)
+            parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false")
         else:
             names = "|".join(filter(None, f.metadata["choices"]))
             parser.add_argument(f"--{f.name}", metavar=names or f.type.__name__.upper(), help=text)
-    # BooleanOptionalAction writes --no-name; our flags have underscores throughout.
-    given, unknown = parser.parse_known_args([re.sub("^--no_", "--no-", a) for a in argv])
-    flags = [u.split("=")[0].replace("--no-", "--no_") for u in unknown if u.startswith("-")]
+    given, unknown = parser.parse_known_args(argv)
+    flags = [u.split("=")[0] for u in unknown if u.startswith("-")]
     switches = [f"no_{name}" for name, kind in types.items() if kind is bool]
     found = [f"unknown flag {flag}{nearest(flag.lstrip('-'), [*types, *switches], '--')}"
              for flag in flags]

@@ -18,6 +18,8 @@ import math
 import os
 import shutil
 import signal
+import sys
+import time
 from functools import cached_property
 from pathlib import Path
 
@@ -41,8 +43,24 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 YIQ = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
 DECODING = 2  # to be raised when `decode` changes: stores made before are then made again
 MAX_PIXELS = 100_000_000  # of one encoded image
+PLAIN_SECONDS = 30  # between two lines of progress where there is no terminal
 LOCAL_SCALE = (0.05, 0.32)  # area of a local crop, DINOv2
 ORDER, VIEW, LOCAL, JITTER = range(4)  # streams of random numbers
+
+
+def progress(items, text: str, total: int, each: int = 1):
+    """Yield items, each of which counts as `each` of `total`, and show how far one is.
+
+    A bar on a terminal, after two seconds; elsewhere a line of text every PLAIN_SECONDS.
+    """
+    said = time.monotonic()
+    with tqdm(total=total, desc=text, leave=False, delay=2, disable=None) as bar:
+        for number, item in enumerate(items, 1):
+            yield item
+            bar.update(min(each, total - bar.n))
+            if bar.disable and time.monotonic() - said > PLAIN_SECONDS:
+                print(f"{text}: {min(number * each, total)} of {total}", file=sys.stderr)
+                said = time.monotonic()
 
 
 # ---------------------------------------------------------------------------- sources
@@ -365,15 +383,14 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
     batches = DataLoader(decoder, 256, sampler=rows.tolist(), num_workers=cfg.workers,
                          collate_fn=_same, worker_init_fn=_ignore_interrupt)
     name, labels, kept, bad = f"{cfg.dataset} {split}", [], [], []
-    progress = tqdm(total=len(rows), unit="img", desc=f"decoding {name}", disable=None)
-    with new_folder(path) as folder, open(folder / "images.u8", "wb") as file, progress:
+    batches = progress(batches, f"decoding {name}", len(rows), 256)
+    with new_folder(path) as folder, open(folder / "images.u8", "wb") as file:
         for images, batch_labels, batch_kept, batch_bad in batches:
             if images is not None:
                 file.write(images.numpy().data)
             labels += batch_labels
             kept += batch_kept
             bad += batch_bad
-            progress.update(len(batch_kept) + len(batch_bad))
         if not len(rows):
             raise UserError(f"dataset {name} is empty")
         np.save(folder / "labels.npy", np.array(labels, np.int64))

@@ -3,6 +3,7 @@
     python eval.py runs/x/checkpoint_latest.pth
     python eval.py runs/x/checkpoint_epoch_{1,10,20,50}.pth          # a row each
     python eval.py runs/x/checkpoint_latest.pth --dataset owner/name # on other data
+    python eval.py runs/x/checkpoint_latest.pth --figures runs/x     # patches.png, neighbors.png
 
 The checkpoint's own config says the rest. Features of the whole, uncropped images are judged by
 k-NN (DINO, Caron et al. 2021) and a linear probe (DINOv2's logistic regression: L-BFGS, its
@@ -18,11 +19,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
+from torchvision.transforms.functional import to_pil_image
 
 import data
 from config import Config, EvalConfig, UserError, cli, data_problems, reason, slug, wrong_values
@@ -67,7 +70,8 @@ def extract(backbone: Backbone, store: data.Store, rows, batch_size: int, dtype)
     """CLS embeddings of whole images: float32 [len(rows), D] on the CPU."""
     device, out = backbone.mean.device, []
     backbone.eval()
-    for some in tqdm(_chunks(rows, batch_size), desc="features", leave=False, disable=None):
+    chunks = _chunks(rows, batch_size)
+    for some in data.progress(chunks, "features", len(rows), batch_size):
         images = torch.from_numpy(store.images[some]).to(device)
         images = data.render(images, None, backbone.image_size)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -76,16 +80,17 @@ def extract(backbone: Backbone, store: data.Store, rows, batch_size: int, dtype)
 
 
 @torch.inference_mode()
-def throughput(backbone: Backbone, batch_size: int, dtype) -> float:
-    """Forward images per second on a ready batch, median of 5."""
-    device, seconds = backbone.mean.device, []
-    images = torch.rand(batch_size, 3, backbone.image_size, backbone.image_size, device=device)
-    for _ in range(6):
+def throughput(backbones: list[Backbone], batch_size: int, dtype) -> list[float]:
+    """Forward images per second of each on a ready batch; taken in turn, the medians of 5."""
+    device, seconds = backbones[0].mean.device, []
+    ready = [torch.rand(batch_size, 3, b.image_size, b.image_size).to(device) for b in backbones]
+    for backbone, images in [*zip(backbones, ready, strict=True)] * 6:
         begin = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             backbone(images).cls.float().sum().item()  # .item() waits for the device
         seconds.append(time.perf_counter() - begin)
-    return batch_size / float(np.median(seconds[1:]))  # the first one warms up
+    rounds = np.reshape(seconds, (6, -1))[1:]  # the first one warms up
+    return (batch_size / np.median(rounds, 0)).tolist()
 
 
 # ---------------------------------------------------------------------------- judges
@@ -116,7 +121,8 @@ def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, ks=NEIGHBOURS) -
     train, classes = F.normalize(train.float(), dim=1), int(labels.max()) + 1
     half = train.bfloat16() if train.device.type == "cpu" and cpu_has_bf16() else None
     predictions = []
-    for some in F.normalize(queries.float(), dim=1).split(512):
+    queries = F.normalize(queries.float(), dim=1)
+    for some in data.progress(queries.split(512), "k-NN", len(queries), 512):
         cos, rows = nearest(some, train, half, min(max(ks), len(train)))
         votes = ((cos - 1) / TEMPERATURE).exp()
         counts = [torch.zeros(len(some), classes, device=train.device).scatter_add_(
@@ -164,7 +170,7 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor) -> tuple[Tensor, f
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
     held, rest = order.tensor_split([max(1, int(HOLDOUT * len(order)))])
     w, best, best_C, worse = None, -1.0, STRENGTHS[0], 0
-    for C in tqdm(STRENGTHS, "linear probe", leave=False, disable=None):
+    for C in data.progress(STRENGTHS, "linear probe", len(STRENGTHS)):
         w = fit_probe(train[rest], labels[rest], classes, C, w, tolerance=1e-4)
         hits = F.linear(train[held], w[:, :-1], w[:, -1]).argmax(1) == labels[held]
         worse += 1
@@ -301,7 +307,8 @@ class Bench:
         """Raw pixels as features: float32 [N, 3 * PIXELS * PIXELS]."""
 
         def flat(store, rows):
-            images = (torch.from_numpy(store.images[some]) for some in _chunks(rows, 1024))
+            chunks = data.progress(_chunks(rows, 1024), "raw pixels", len(rows), 1024)
+            images = (torch.from_numpy(store.images[some]) for some in chunks)
             return torch.cat([data.render(batch, None, PIXELS).flatten(1) for batch in images])
 
         return flat(self.train, self.train_rows), flat(self.test, self.test_rows)
@@ -325,8 +332,73 @@ class Bench:
 
     def row(self, name: str, backbone: Backbone, features, probe: bool) -> dict:
         row = dict(model=name, parameters=backbone.parameter_count, size=backbone.image_size)
-        row["images_per_s"] = throughput(backbone, min(64, self.batch_size), self.dtype)
         return row | self.judge(*features, probe=probe)
+
+
+# ---------------------------------------------------------------------------- figures
+
+SHOWN = 8  # test images
+TILE, GAP, MARGIN, FRAME = 96, 8, 76, 3  # pixels
+RIGHT, WRONG = "#009e73", "#d55e00"  # tell apart for colour-blind readers too (Okabe and Ito)
+RANKS = "nearest second third fourth fifth".split()
+
+
+def sheet(path: Path, rows: list[tuple]) -> PIL.Image.Image:
+    """Write and return a picture of rows: (label, images float [n, 3, H, W] in [0, 1]).
+
+    A third entry, if there is one, is n colours, of a frame around each image.
+    """
+    side, across = TILE + GAP, len(rows[0][1])
+    page = PIL.Image.new("RGB", (MARGIN + across * side, GAP + len(rows) * side), "white")
+    draw = PIL.ImageDraw.Draw(page)
+    for y, (label, images, *frames) in zip(range(GAP, page.height, side), rows, strict=True):
+        draw.text((GAP, y + TILE // 2), label, "black", anchor="lm", font_size=14)
+        tiles = F.interpolate(images.float().cpu(), TILE, mode="bicubic", antialias=True)
+        places = range(MARGIN, page.width, side), frames[0] if frames else ["white"] * across
+        for x, frame, tile in zip(*places, tiles.clamp(0, 1), strict=True):
+            low, high = -FRAME, TILE + FRAME - 1
+            draw.rectangle((x + low, y + low, x + high, y + high), frame)
+            page.paste(to_pil_image(tile), (x, y))
+    page.save(path)
+    return page
+
+
+@torch.inference_mode()
+def draw_figures(folder: Path, bench: Bench, features, sides: dict) -> None:
+    """Write patches.png and neighbors.png of some test images into a folder.
+
+    patches.png: what each side says of each place, three principal components as a colour. sides:
+    name -> (backbone, the map of its patches to the space where the loss compares directions). One
+    basis and one scale, those of the first side's, serve both, so that colours compare.
+    neighbors.png: the training images most like each to the student, framed in RIGHT and WRONG
+    where there are labels. features: the student's of train and of test, float32 [N, D].
+    """
+    some = data.subset(np.arange(len(bench.test_rows)), SHOWN)
+    stored = torch.from_numpy(bench.test.images[bench.test_rows[some]]).to(bench.device)
+    rows, axes = [("image", stored / 255)], None
+    for name, (net, project) in sides.items():
+        patches = net.eval()(data.render(stored, None, net.image_size)).patches.float().cpu()
+        tokens = F.normalize(project(patches), dim=-1)
+        if axes is None:
+            basis = tokens.flatten(0, 1)
+            axes = torch.linalg.eigh(torch.cov(basis.T, correction=0)).eigenvectors[:, -3:].flip(1)
+            low, high = (basis @ axes).quantile(torch.tensor([0.02, 0.98]), 0)
+        colours = (tokens @ axes - low) / (high - low).clamp_min(1e-6)
+        label = f"{name}\n{net.grid[0]} x {net.grid[1]}"
+        rows.append((label, colours.mT.unflatten(2, net.grid)))
+    sheet(folder / "patches.png", rows)
+
+    train, queries = (F.normalize(f, dim=1) for f in (features[0], features[1][some]))
+    found = nearest(queries, train, None, min(len(RANKS), len(train)))[1]
+    rows = [("query", stored / 255)]
+    for label, column in zip(RANKS, found.T, strict=False):
+        images = torch.from_numpy(bench.train.images[bench.train_rows[column]]) / 255
+        right = (bench.y[column] == bench.y_test[some]).tolist()
+        rows.append((label, images, *[[RIGHT if r else WRONG for r in right]] * bench.labelled))
+    sheet(folder / "neighbors.png", rows)
+    if "teacher" not in sides:
+        print("patches.png is without the teacher: its weights are not at hand, or not wanted")
+    print(f"patches.png and neighbors.png written to {folder}")
 
 
 # ---------------------------------------------------------------------------- table
@@ -361,6 +433,8 @@ def main(args: EvalConfig) -> list[dict]:
     rows, known = [], None
     pick_device(args.device)  # before the first model is made
     paths = [Path(c) for c in args.checkpoints]
+    if args.figures:
+        Path(args.figures).mkdir(parents=True, exist_ok=True)
     several = len({path.parent for path in paths}) > 1
     for path in paths:
         saved, cfg = read_checkpoint(path)
@@ -390,27 +464,38 @@ def main(args: EvalConfig) -> list[dict]:
                 untrained = student_of(cfg).to(bench.device)
                 pair = bench.features(untrained)
                 rows.append(bench.row("student, untrained", untrained, pair, args.probe))
+            rivals = [net.to(bench.device) for net in (student, teacher) if net]
+            speeds = throughput(rivals, min(64, args.batch_size), bench.dtype)
+            if reference:
+                reference["images_per_s"] = speeds[1]
         features = bench.features(student.to(bench.device))
         name = f"{path.parent.name if several else 'student'}, epoch {saved['epoch']:g}"
-        row = bench.row(name, student, features, args.probe)
+        row = bench.row(name, student, features, args.probe) | dict(images_per_s=speeds[0])
         for kept, key in (("knn", "knn20"), ("linear", "linear")):
             if key in row and reference.get(key):  # there is no share of nothing
                 row[f"retention_{kept}"] = row[key] / reference[key]
+        sides = dict(student=(student, torch.nn.Identity()))
         if teacher:
-            distiller = Distiller(student, teacher, cfg)
+            heads = Distiller(student, teacher, cfg).heads.requires_grad_(False).cpu()
             with refusing(path):
-                distiller.heads.load_state_dict(saved["heads"])
-            head = distiller.cls_head.cpu()
+                heads.load_state_dict(saved["heads"])
+            head, patch = heads["cls_head"], heads["patch_head"]
+            sides = dict(teacher=(teacher, patch.target), student=(student, patch.predict))
             target = head.target(asked[1])
             row["cos"] = float(F.cosine_similarity(head.predict(features[1]), target).mean())
         rows.append(row | dict(checkpoint=str(path), epoch=saved["epoch"], step=saved["step"]))
     print(table(rows))
+    if reference:
+        faster, share = (row[key] / reference[key] for key in ("images_per_s", "parameters"))
+        print(f"student: {faster:.1f} x the teacher's images/s, {share:.0%} of its parameters")
     elsewhere = f"-{slug(args.dataset)}" if args.dataset else ""
     out = paths[0].parent / f"eval{elsewhere}.json"
     out.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"written to {out}")
     if args.save_features:
         save_features(args.save_features, bench, features)
+    if args.figures:
+        draw_figures(Path(args.figures), bench, features, sides)
     return rows
 
 

@@ -101,6 +101,15 @@ def test_flags_override_the_preset_and_no_resume_is_a_switch():
     assert (cfg.dataset, cfg.epochs, cfg.resume) == ("shapes", 3, False)
 
 
+def test_help_spells_flags_as_they_are_and_a_missing_value_is_a_message(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"])
+    out = capsys.readouterr().out
+    assert "--no_resume" in out and "--no-" not in out
+    with pytest.raises(UserError, match="--dataset: expected one argument"):
+        parse(Config, ["--dataset"])
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -614,7 +623,7 @@ def test_the_run_folder_holds_what_it_should(tiny):
         head="linear",
     )
     train.main(cfg)
-    names = {p.name for p in cfg.run_path.iterdir()}
+    names = {p.name for p in cfg.run_path.iterdir() if "tfevents" not in p.name}  # TensorBoard's
     assert names == {
         "config.json",
         "train.log",

@@ -15,12 +15,14 @@ checkpoint_epoch_N.pth, and at the end student.safetensors, which plain timm loa
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,8 +31,6 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-import torchvision
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -143,12 +143,24 @@ def check_resumable(cfg: Config, saved: Config) -> None:
                         "Choose another --run_dir, or --no_resume to move that run aside.")
 
 
-def save_views(path: Path, images, teacher_view, student_view) -> None:
-    """What the first batch looked like, a row each: source, teacher's view, student's view."""
-    size = max(128, teacher_view.shape[-1], student_view.shape[-1])
-    rows = [data.render(images, None, size)]
-    rows += [F.interpolate(view, size=size) for view in (teacher_view, student_view)]
-    torchvision.utils.save_image(torch.cat(rows), path, nrow=len(rows[0]), pad_value=1)
+def tensorboard(run: Path, step: int):
+    """A writer for TensorBoard where that is installed; it forgets what came after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return contextlib.nullcontext()
+    return SummaryWriter(run, purge_step=step + 1)
+
+
+@functools.cache
+def commit() -> str:
+    """The git commit of this program, with "-dirty" if it was changed since, or "unknown"."""
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
+                              timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no permission
+        return "unknown"
 
 
 def export(student: models.Backbone, cfg: Config, path: Path) -> None:
@@ -156,7 +168,7 @@ def export(student: models.Backbone, cfg: Config, path: Path) -> None:
     metadata = dict(
         model=cfg.student, args=cfg.student_args, image_size=cfg.student_size, pool=cfg.pool,
         mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist(),
-        teacher=cfg.teacher, dataset=cfg.dataset)
+        teacher=cfg.teacher, dataset=cfg.dataset, commit=commit())
     weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
     metadata = {name: str(value) for name, value in metadata.items()}
     write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
@@ -222,6 +234,7 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
     open_log(run, rank)
     log.info(f"python {platform.python_version()}, torch {torch.__version__}, timm "
              f"{timm.__version__}, {device.type} x {world}, {str(dtype).split('.')[1]}")
+    log.info(f"commit {commit()}")
     log.info(" ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(cfg).items()))
     student = evaluation.student_of(cfg).train()
     distiller = models.Distiller(student, teacher, cfg).to(device)
@@ -295,7 +308,7 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
         size = min(64, len(store))
         total = min(STAT_IMAGES, len(store)) // size
         first = batches(0, total * size, size)
-        first = tqdm(first, "measuring the teacher", total, leave=False, disable=None)
+        first = data.progress(first, "measuring the teacher", total * size, size)
         distiller.fit_heads(ask_teacher(images, view_of(0, i)) for images, i, _ in first)
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
         distiller.compile()  # in place, so that state-dict keys stay plain
@@ -328,7 +341,8 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
     sums = torch.zeros(len(models.Distiller.STATS) + 2, device=device)  # + norm, + asked to stop
     logged, since, last_save, waited = step, time.time(), time.time(), 0.0
     progress = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0 or None)
-    with progress, logging_redirect_tqdm([log]), stop_signals() as signals:
+    writer = contextlib.nullcontext() if rank else tensorboard(run, step)
+    with progress, logging_redirect_tqdm([log]), writer as board, stop_signals() as signals:
         for epoch in range(step // steps_per_epoch, cfg.epochs):
             first = step - epoch * steps_per_epoch
             number = epoch % cfg.teacher_views if bank else epoch  # of the view
@@ -341,8 +355,12 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
                 targets = targets_of(images, index, box, number, stored)
                 student_view, local_views = data.student_views(images, index, box, cfg, epoch)
                 if step == rank == 0:
-                    teacher_view = data.render(images[:8], box[:8], cfg.teacher_size)
-                    save_views(run / "views.png", images[:8], teacher_view, student_view[:8])
+                    seen = data.render(images[:8], box[:8], cfg.teacher_size)
+                    rows = (("image", images[:8] / 255), ("teacher's\nview", seen),
+                            ("student's\nview", student_view[:8]))
+                    page = evaluation.sheet(run / "views.png", rows)
+                    if board:
+                        board.add_image("views", np.asarray(page), dataformats="HWC")
 
                 lr = learning_rate(step, steps_per_epoch, cfg)
                 for group in optimiser.param_groups:
@@ -396,7 +414,8 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
                     if end_of_epoch and cfg.eval_every and done % cfg.eval_every == 0:
                         try:
                             bench = evaluation.Bench(cfg, *QUICK_EVAL)
-                            metrics |= bench.judge(*bench.features(student), probe=False)
+                            quick = bench.judge(*bench.features(student), probe=False)
+                            metrics = quick | metrics  # `spread` stays that of the batch
                             log.info(f"epoch {done}: k-NN {metrics.get('knn20', math.nan):.1%}")
                         except UserError as error:  # training goes on without it
                             log.warning(f"epoch {done}: no k-NN check: {error}")
@@ -404,6 +423,10 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
                     known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
                     with open(run / "metrics.jsonl", "a") as file:
                         file.write(json.dumps(known) + "\n")
+                    if board:
+                        for name, value in metrics.items():
+                            board.add_scalar(name, value, step)
+                        board.flush()
                     if end_of_epoch or stopping or time.time() - last_save > SAVE_SECONDS:
                         due = cfg.save_every and done % cfg.save_every == 0 or step == total_steps
                         kept = [run / f"checkpoint_epoch_{done}.pth"] * bool(end_of_epoch and due)
