@@ -15,6 +15,7 @@ import ast
 import functools
 import hashlib
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -144,9 +145,10 @@ def _teacher_spec(name: str) -> tuple[str, dict]:
 
 
 def student_kwargs(text: str) -> dict:
-    """'depth=6 weight_init=jax' -> {"depth": 6, "weight_init": "jax"}. Raises UserError."""
+    """'depths=(2,2) weight_init=jax' -> {"depths": (2, 2), "weight_init": "jax"}, or UserError."""
     kwargs = {}
-    for name, equals, value in (item.partition("=") for item in text.replace(",", " ").split()):
+    items = filter(None, re.split(r"[\s,]+(?![^(]*\))", text))  # not inside parentheses
+    for name, equals, value in (item.partition("=") for item in items):
         if not (name.isidentifier() and equals and value):
             raise UserError(f"--student_args {text!r}: write name=value, separated by spaces")
         if name in NO_STUDENT_ARGS:

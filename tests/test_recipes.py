@@ -51,11 +51,12 @@ def alone(code: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder to follow the README in: a run in runs/x, and ../my_images of three classes."""
+    """A folder to follow the README in: a run in runs/x, and ../my_images, red, green and blue."""
     root = tmp_path_factory.mktemp("tree") / "home"
     for split, count in dict(train=60, test=30).items():
         for i in range(count):
-            pixels, label = data.draw_shape(len(split), i // 3 * 10 + i % 3, 40)
+            label, pixels = i % 3, data.draw_shape(len(split), i, 40)[0] // 3
+            pixels[..., label] += 150
             folder = root / ".." / "my_images" / split / "abc"[label]
             folder.mkdir(parents=True, exist_ok=True)
             PIL.Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=95)
@@ -71,7 +72,8 @@ STUDENTS = {
     "vit_tiny_patch16_224 local": dict(student_args="depth=1", local_crops=1, local_size=16),
     "vit_tiny_patch16_224 fc_norm": dict(student_args="depth=1 global_pool=avg"),
     "vit_base_patch16_siglip_224": dict(student_args="depth=1 embed_dim=48 num_heads=2"),
-    "swin_tiny_patch4_window7_224": dict(student_args="embed_dim=24", student_size=64),
+    "swin_tiny_patch4_window7_224": dict(
+        student_args="embed_dim=24, depths=(1, 1, 1, 1)", student_size=64),
     "resnet18": {},
     "mobilenetv4_conv_small": {},  # two layers behind its pooling
     "convnext_atto": {},  # a norm behind its pooling
@@ -150,7 +152,7 @@ def test_scikit_learn_classifies_saved_features(home, printed):
         train_features=(60, 48), train_labels=(60,), train_rows=(60,),
         test_features=(30, 48), test_labels=(30,), test_rows=(30,))  # fmt: skip
     accuracy = float(printed["Train a classifier on its features"])
-    assert 1 / 3 < accuracy <= 1 and accuracy == round(accuracy * 30) / 30
+    assert accuracy > 0.9
 
 
 def test_every_training_command_of_the_page_is_accepted(home, monkeypatch):
