@@ -118,7 +118,8 @@ def printed(home):
     argv = shlex.split(block("Train a classifier on its features", "bash"))[2:]
     args = parse(EvalConfig, [str(home / a) if "." in a else a for a in argv])
     evaluation.main(dataclasses.replace(args, baselines=False, probe=False, num_workers=0))
-    names = "Find similar images", "Fine-tune it", "Train a classifier on its features"
+    names = ("Your own data", "Find similar images", "Fine-tune it",
+             "Train a classifier on its features")
     code = LOAD + TRANSFORM + "print('----')\n".join(block(name) for name in names)
     return dict(zip(names, alone(code, home).split("----\n"), strict=True))
 
@@ -165,11 +166,8 @@ def test_every_training_command_of_the_page_is_accepted(home, monkeypatch):
         parse(Config, shlex.split(command, comments=True), model.problems)
 
 
-def test_a_folder_of_files_becomes_a_data_set(home, tmp_path):
-    (tmp_path / "home").mkdir()
-    shutil.copytree(home.parent / "my_images", tmp_path / "my_images")
-    alone(block("Your own data"), tmp_path / "home")
-    cfg = Config(**TINY, dataset=str(tmp_path / "my_data"), cache_dir=str(tmp_path / "cache"))
+def test_a_folder_of_files_becomes_a_data_set(home, printed, tmp_path):
+    cfg = Config(**TINY, dataset=str(home.parent / "my_data"), cache_dir=str(tmp_path))
     store = data.open_store(cfg, "train", 32)
     assert len(store) == 90 and np.bincount(store.labels).tolist() == [30, 30, 30]
 
