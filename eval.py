@@ -1,7 +1,7 @@
 """The verdict: how much of its teacher does a student know?
 
     python eval.py runs/x/checkpoint_latest.pth
-    python eval.py runs/x/checkpoint_epoch_{1,10,20,50}.pth          # a row each
+    python eval.py runs/x/checkpoint_epoch_{10,20,50}.pth            # a row each
     python eval.py runs/x/checkpoint_latest.pth --dataset owner/name # on other data
     python eval.py runs/x/checkpoint_latest.pth --figures runs/x     # patches.png, neighbors.png
 

@@ -15,6 +15,7 @@ import ast
 import functools
 import hashlib
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -62,12 +63,14 @@ class Backbone(nn.Module):
         super().__init__()
         # A fifth to a half faster for conv nets on a CPU; tensor cores want it. ViTs do not mind.
         self.net = net.to(memory_format=torch.channels_last)
-        self.image_size, self.pool = image_size, pool
-        self.embed_dim, self.grid = shape["embed_dim"], shape["grid"]
+        self.image_size, self.embed_dim = image_size, shape["embed_dim"]
+        self.grid, self.tokens = shape["grid"], shape["tokens"]
         # A conv net's map may keep its channels last; the ViTs that end in a mean keep their last
         # norm in `fc_norm`, where forward_features does not reach it.
         self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
         self.token_norm = getattr(net, "fc_norm", None) or nn.Identity()
+        self.prefix = getattr(net, "num_prefix_tokens", 0)
+        self.by_cls = pool == "cls" and getattr(net, "cls_token", None) is not None
         for name in ("mean", "std"):
             value = torch.tensor(net.pretrained_cfg[name], device="cpu").view(1, 3, 1, 1)
             self.register_buffer(name, value, persistent=False)
@@ -78,9 +81,19 @@ class Backbone(nn.Module):
             patches = x.flatten(1, 2) if self.channels_last else x.flatten(2).mT
             return Features(patches.mean(1), patches)
         x = self.token_norm(x)
-        patches = x[:, getattr(self.net, "num_prefix_tokens", 0) :]
-        has_cls = getattr(self.net, "cls_token", None) is not None
-        return Features(x[:, 0] if has_cls and self.pool == "cls" else patches.mean(1), patches)
+        patches = x[:, self.prefix :]
+        return Features(x[:, 0] if self.by_cls else patches.mean(1), patches)
+
+    @property
+    def embedding(self) -> str:
+        """`forward`'s CLS embedding of normalised images, as whoever has the plain timm model says
+        it. `student(images)` is not always that: some conv nets have layers behind their pooling.
+        """
+        x = "student.forward_features(images)"
+        if not self.tokens:
+            return f"{x}.mean({(1, 2) if self.channels_last else (2, 3)})"
+        x = x if isinstance(self.token_norm, nn.Identity) else f"student.fc_norm({x})"
+        return f"{x}[:, 0]" if self.by_cls else f"{x}[:, {self.prefix}:].mean(1)"
 
     @property
     def parameter_count(self) -> int:
@@ -133,9 +146,10 @@ def _teacher_spec(name: str) -> tuple[str, dict]:
 
 
 def student_kwargs(text: str) -> dict:
-    """'depth=6 weight_init=jax' -> {"depth": 6, "weight_init": "jax"}. Raises UserError."""
+    """'depths=(2,2) weight_init=jax' -> {"depths": (2, 2), "weight_init": "jax"}, or UserError."""
     kwargs = {}
-    for name, equals, value in (item.partition("=") for item in text.replace(",", " ").split()):
+    items = filter(None, re.split(r"[\s,]+(?![^(]*\))", text))  # not inside parentheses
+    for name, equals, value in (item.partition("=") for item in items):
         if not (name.isidentifier() and equals and value):
             raise UserError(f"--student_args {text!r}: write name=value, separated by spaces")
         if name in NO_STUDENT_ARGS:

@@ -165,10 +165,14 @@ def commit() -> str:
 
 def export(student: models.Backbone, cfg: Config, path: Path) -> None:
     """The student alone, under timm's names; the metadata says how to use it."""
+    args = models.student_arguments(cfg)
+    if hasattr(student.net, "set_input_size"):  # as build_student tells it
+        args["img_size"] = cfg.student_size
     metadata = dict(
-        model=cfg.student, args=cfg.student_args, image_size=cfg.student_size, pool=cfg.pool,
+        model=cfg.student, args=json.dumps(args, default=str), image_size=cfg.student_size,
         mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist(),
-        teacher=cfg.teacher, dataset=cfg.dataset, commit=commit())
+        pool=cfg.pool, embedding=student.embedding, teacher=cfg.teacher, dataset=cfg.dataset,
+        commit=commit())
     weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
     metadata = {name: str(value) for name, value in metadata.items()}
     write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
