@@ -196,7 +196,7 @@ def test_an_exported_student_says_what_made_it(tiny, monkeypatch):
     train.main(cfg)
     with safetensors.safe_open(cfg.run_path / "student.safetensors", "pt") as file:
         said = file.metadata()
-    known = "model image_size mean std pool teacher dataset commit args"
+    known = "model image_size mean std pool teacher dataset commit args embedding"
     assert said.keys() == set(known.split())
     assert f"commit {said['commit']}" in (cfg.run_path / "train.log").read_text()
     git = ["git", "-C", str(Path(train.__file__).parent), "rev-parse", "HEAD"]
