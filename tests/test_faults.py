@@ -146,3 +146,15 @@ def test_a_signal_saves_says_how_to_go_on_and_sets_the_status(tmp_path, undistur
     assert "the same command goes on" in text and "Traceback" not in text
     train.main(cfg)
     assert same(state(tmp_path), undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once_when_there_is_one_process(number):
+    for alone in (True, False):
+        if not (child := os.fork()):
+            with train.stop_signals(alone) as received:
+                os.kill(os.getpid(), number)
+                os._exit(100) if received != [number] else os.kill(os.getpid(), number)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == (-number if alone else 0)
