@@ -383,6 +383,11 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
         folders = file_folders(cfg.dataset)
     rows = subset(np.arange(len(source)), max_samples)
     size = cfg.store_size or _native_size(source, image, rows, size_limit, folders)
+    need, free = 3 * size**2 * len(rows), shutil.disk_usage(path.parent).free
+    if need > free:
+        raise UserError(f"the store needs {need / 1e9:.1f} GB in {path.parent}, where "
+                        f"{free / 1e9:.1f} GB are free: --store_size and --max_samples make it "
+                        "smaller, or choose another --cache_dir")
     decoder = _Decoder(source, image, label, numbers, size, folders)
     batches = DataLoader(decoder, 256, sampler=rows.tolist(), num_workers=cfg.workers,
                          collate_fn=_same, worker_init_fn=_ignore_interrupt)

@@ -20,7 +20,8 @@ from pathlib import Path
 from kill import outcome, start
 
 CASES = (  # what is full, what must be there before the disk is, the bytes left, the message
-    ("the store", "", 1_000_000, r"cannot make \S+/stores/\S+: No space left"),
+    ("the store", "", 1_000_000, "the store needs .* 0.0 GB are free"),
+    ("its images", "cache/stores/*.tmp", 0, r"cannot make \S+/stores/\S+: No space left"),
     ("the bank", "cache/stores/*[0-9a-f]/info.json", 200_000, "bank needs .* 0.0 GB are free"),
     ("a log line", "run/metrics.jsonl", 0, "No space left on device.*: make space, then"),
     ("a checkpoint", "run/checkpoint_latest.pth", 200_000, r"cannot write \S+checkpoint_\S+.pth: "),
