@@ -89,10 +89,19 @@ def open_source(name: str, split: str, image_column: str, label_column: str):
         elif any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(name)
         else:
+            if set("[*?") & set(os.path.realpath(name)):
+                raise ValueError("`datasets` takes [, * and ? for a pattern: rename the folder")
+            endings = PIL.Image.registered_extensions()
+            odd = [p for p in Path(name).rglob("*.*") if p.suffix not in endings
+                   and p.suffix.lower() in endings and not p.suffix.isupper()]
+            if odd:
+                log.warning(f"{len(odd)} files of {name}, such as {odd[0].name}, are passed over: "
+                            "`datasets` reads .png and .PNG, but not .Png")
             found = datasets.load_dataset(name)
     except Exception as error:  # the libraries below raise what they like
         if Path(name).is_dir():
-            raise UserError(f"cannot read the dataset in {name}: {error}") from error
+            empty = " It is empty: remove its files." * ("corresponds to no data" in str(error))
+            raise UserError(f"cannot read the dataset in {name}: {error}{empty}") from error
         what = f"the dataset {hub_name}" + " (no such folder here)" * (name not in DATASETS)
         raise hub_error(what, "--dataset DIR with a copy", error) from error
     found = {"train": found} if isinstance(found, datasets.Dataset) else found
@@ -202,10 +211,20 @@ class Shapes:
 # ---------------------------------------------------------------------------- decoding
 
 
-def decode(cell, size: int) -> np.ndarray:
+def file_folders(dataset: str) -> set[Path]:
+    """Where a data set's image files may lie: in its own folder, or where downloads are kept."""
+    import datasets
+    import huggingface_hub as hub
+
+    caches = hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE
+    return {folder for f in map(Path, (dataset, *caches)) for folder in (f.absolute(), f.resolve())}
+
+
+def decode(cell, size: int, folders=()) -> np.ndarray:
     """An encoded image -> uint8 [3, size, size]: upright RGB, short side resized, centre-cropped.
 
-    cell: a PIL image, or {"bytes", "path"} as `datasets` gives it. size 0 keeps the image as it is.
+    cell: a PIL image, or {"bytes", "path"} as `datasets` gives it; a path counts only inside one of
+    `folders`, for a stranger's data may name any file of ours. size 0 keeps the image as it is.
     What is transparent is laid on white; of an animation the first frame counts. White is 65535 in
     gray images of more than 8 bits, 1.0 in those of floats, and the brightest pixel if it is above.
     Raises ValueError, OSError or a PIL error when the image cannot be read.
@@ -218,6 +237,9 @@ def decode(cell, size: int) -> np.ndarray:
         file = cell.get("path") if cell.get("bytes") is None else io.BytesIO(cell["bytes"])
         if not file:
             raise ValueError("no image")
+        absolute = isinstance(file, str) and Path(os.path.abspath(file))
+        if absolute and not any(map(absolute.is_relative_to, folders)):
+            raise ValueError("a file outside the data set's folder")
         image = PIL.Image.open(file)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels, a decompression bomb?")
@@ -306,15 +328,15 @@ class Store:
 class _Decoder(Dataset):
     """Batches of row numbers -> decoded images, labels, kept rows and what could not be read."""
 
-    def __init__(self, source, image: str, label: str, numbers: dict, size: int):
+    def __init__(self, source, image: str, label: str, numbers: dict, size: int, folders):
         self.source, self.image, self.label, self.numbers = source, image, label, numbers
-        self.size = size
+        self.size, self.folders = size, folders
 
     def __getitems__(self, rows: list[int]):
         images, labels, kept, bad = [], [], [], []
         for row, item in zip(rows, self.source.__getitems__(rows), strict=True):
             try:
-                images.append(torch.from_numpy(decode(item[self.image], self.size)))
+                images.append(torch.from_numpy(decode(item[self.image], self.size, self.folders)))
                 kept.append(row)
             except Exception as error:  # PIL raises nearly anything on hostile bytes
                 file = (item[self.image] or {}).get("path") or ""
@@ -373,13 +395,19 @@ def open_store(cfg, split: str, size_limit: int, max_samples: int = 0) -> Store:
 def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path) -> None:
     if cfg.dataset == "shapes":
         split = split or "test"
-        source, image, label, numbers = Shapes(split), "image", "label", {}
+        source, image, label, numbers, folders = Shapes(split), "image", "label", {}, ()
     else:
         columns = cfg.image_column, cfg.label_column
         source, image, label, numbers, split = open_source(cfg.dataset, split, *columns)
+        folders = file_folders(cfg.dataset)
     rows = subset(np.arange(len(source)), max_samples)
-    size = cfg.store_size or _native_size(source, image, rows, size_limit)
-    decoder = _Decoder(source, image, label, numbers, size)
+    size = cfg.store_size or _native_size(source, image, rows, size_limit, folders)
+    need, free = 3 * size**2 * len(rows), shutil.disk_usage(path.parent).free
+    if need > free:
+        raise UserError(f"the store needs {need / 1e9:.1f} GB in {path.parent}, where "
+                        f"{free / 1e9:.1f} GB are free: --store_size and --max_samples make it "
+                        "smaller, or choose another --cache_dir")
+    decoder = _Decoder(source, image, label, numbers, size, folders)
     batches = DataLoader(decoder, 256, sampler=rows.tolist(), num_workers=cfg.workers,
                          collate_fn=_same, worker_init_fn=_ignore_interrupt)
     name, labels, kept, bad = f"{cfg.dataset} {split}", [], [], []
@@ -392,7 +420,7 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
             kept += batch_kept
             bad += batch_bad
         if not len(rows):
-            raise UserError(f"dataset {name} is empty")
+            raise NoSplit(f"dataset {name} is empty: set --train_split or --test_split")
         np.save(folder / "labels.npy", np.array(labels, np.int64))
         np.save(folder / "rows.npy", np.array(kept, np.int64))
         info = dict(dataset=cfg.dataset, split=split, label_column=label, images=len(kept),
@@ -441,11 +469,11 @@ def subset(rows: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(rows)[:count])
 
 
-def _native_size(source, image: str, rows, limit: int) -> int:
+def _native_size(source, image: str, rows, limit: int, folders) -> int:
     sides = []
     for item in source.__getitems__(rows[:64].tolist()):
         try:
-            sides.append(min(decode(item[image], 0).shape[1:]))
+            sides.append(min(decode(item[image], 0, folders).shape[1:]))
         except Exception:  # counted and reported by the build
             continue
     return min(int(np.median(sides)), limit) if sides else limit
@@ -479,10 +507,15 @@ def loader(store: Store | None, order: np.ndarray, batch_size: int, first: int =
            world: int = 1, bank=None, view: int = 0, workers: int = 0) -> DataLoader:
     """Batches `first`, `first + 1`, ... of `order`, this rank's share of each.
 
-    The last is filled up from the front. Yields images uint8 [B / world, 3, S, S], their index
-    int64 [B / world], and what `bank` holds of this view of them; None for a missing store or bank.
+    The last is filled up from the front. An image has nearly the same rank in every epoch: what
+    its machine's bank holds need not be asked again on another. Yields images uint8
+    [B / world, 3, S, S], their index int64 [B / world], and what `bank` holds of this view of them;
+    None for a missing store or bank.
     """
-    full = np.resize(order, -(-len(order) // batch_size) * batch_size)
+    full = np.resize(order, -(-len(order) // batch_size) * batch_size).reshape(-1, batch_size)
+    if world > 1:  # in order of a hash (Knuth's multiplicative), so that no rank gets a class alone
+        place = full.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        full = np.take_along_axis(full, place.argsort(1), 1)
     full = full.reshape(-1, world, batch_size // world)
     return DataLoader(_Rows(store, bank, view), batch_sampler=list(full[first:, rank]),
                       num_workers=workers, collate_fn=_same, pin_memory=workers > 0,

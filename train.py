@@ -15,6 +15,7 @@ checkpoint_epoch_N.pth, and at the end student.safetensors, which plain timm loa
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import logging
@@ -47,6 +48,7 @@ SAVE_SECONDS = 600  # longest time between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
 COLLAPSED, DIVERSE = 0.95, 0.8  # warn of a student spread above, with a target spread below
 BETAS = 0.9, 0.999
+RANK_WAIT = datetime.timedelta(hours=1)  # for another process: it may be decoding, or judging
 
 log = logging.getLogger("distill")
 
@@ -116,13 +118,17 @@ def forget_after(step: int, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """Collect the first SIGINT or SIGTERM instead of dying of it; a second one stops at once."""
+def stop_signals(alone: bool):
+    """Collect SIGINT and SIGTERM instead of dying of them; alone, a second one stops at once.
+
+    Under torchrun a second one means nothing: it hands on what SLURM has sent to everyone, and it
+    ends everyone as soon as the first of them has ended.
+    """
     received = []
 
     def on_signal(number, frame):
         received.append(number)
-        for each in previous:
+        for each in previous if alone else ():
             signal.signal(each, signal.SIG_DFL)
 
     previous = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -141,6 +147,17 @@ def check_resumable(cfg: Config, saved: Config) -> None:
     if changed:
         raise UserError(f"{cfg.run_path} holds a run with other settings:{''.join(changed)}\n"
                         "Choose another --run_dir, or --no_resume to move that run aside.")
+
+
+def check_ranks(mine: dict, world: int) -> None:
+    """Raise UserError in every process unless all are about to do the same."""
+    every = [None] * world
+    dist.all_gather_object(every, mine)
+    values = {name: sorted({str(one[name]) for one in every}) for name in mine}
+    differ = "".join(f"\n  - {n}: {' or '.join(v)}" for n, v in values.items() if len(v) > 1)
+    if differ:
+        raise UserError("the processes differ, but every machine needs the same command, the same "
+                        f"images and the same run folder:{differ}")
 
 
 def tensorboard(run: Path, step: int):
@@ -185,28 +202,34 @@ def main(cfg: Config) -> dict:
     """
     validate(cfg, models.problems)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = models.pick_device(cfg.device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=RANK_WAIT)
     cfg.run_path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{cfg.run_path}.lock", timeout=0) if rank == 0 else contextlib.nullcontext()
     try:
         with lock:
-            return fit(cfg, rank, world)
+            return fit(cfg, device, rank, world)
     except Timeout:
         raise UserError(f"another process is training in {cfg.run_path}: choose another --run_dir, "
                         "or wait for it") from None
+    except RuntimeError as error:
+        if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise UserError(
+                f"process {rank} of {world} has lost the others: one was killed, or has said why "
+                f"it ended; the same command goes on ({reason(error)})") from error
+        raise
 
 
-def fit(cfg: Config, rank: int, world: int) -> dict:
+def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
     """The run, front to back; `main` has seen that it is the only one in its folder."""
     # ---------------------------------------------------------------- where
-    device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     run, latest, saved = cfg.run_path, cfg.run_path / "checkpoint_latest.pth", None
     if cfg.resume and latest.exists():
         saved, saved_cfg = evaluation.read_checkpoint(latest)
@@ -229,12 +252,15 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
                             f"{name}): {which} may have changed. Choose another --run_dir, or "
                             "--no_resume to move that run aside.")
     teacher.to(device)
-    # Only now, with data and teacher at hand, is anything written that belongs to the run.
-    if not cfg.resume and run.exists() and rank == 0:
-        run.rename(f"{run}.old-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
     if world > 1:
-        dist.barrier()
-    run.mkdir(parents=True, exist_ok=True)
+        here = dict(cache_dir="", num_workers=0, teacher_weights="")  # may differ
+        mine = dataclasses.asdict(dataclasses.replace(cfg, **here))
+        check_ranks(mine | made_of | dict(continues=saved["step"] if saved else None), world)
+    # Only now, with data and teacher at hand, is anything written that belongs to the run.
+    if rank == 0:
+        if not cfg.resume and run.exists():
+            run.rename(f"{run}.old-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
+        run.mkdir(parents=True, exist_ok=True)
     open_log(run, rank)
     log.info(f"python {platform.python_version()}, torch {torch.__version__}, timm "
              f"{timm.__version__}, {device.type} x {world}, {str(dtype).split('.')[1]}")
@@ -326,7 +352,9 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
         key = models.fingerprint(*made_of.values(), *heads, dtype, student.grid, cfg.seed,
                                  cfg.teacher_size, cfg.crop_scale)
         shape = 1 + math.prod(student.grid), distiller.cls_head.out_dim
-        bank = data.Bank(Path(cfg.cache_dir) / "banks" / key, cfg.teacher_views, len(store), *shape)
+        machine = os.environ.get("GROUP_RANK", "0")  # two cannot write into one file over a network
+        folder = Path(cfg.cache_dir) / "banks" / (key + f"-{machine}" * (machine != "0"))
+        bank = data.Bank(folder, cfg.teacher_views, len(store), *shape)
 
     def save(*paths: Path) -> None:
         state = dict(
@@ -346,7 +374,7 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
     logged, since, last_save, waited = step, time.time(), time.time(), 0.0
     progress = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0 or None)
     writer = contextlib.nullcontext() if rank else tensorboard(run, step)
-    with progress, logging_redirect_tqdm([log]), writer as board, stop_signals() as signals:
+    with progress, logging_redirect_tqdm([log]), writer as board, stop_signals(world == 1) as signals:
         for epoch in range(step // steps_per_epoch, cfg.epochs):
             first = step - epoch * steps_per_epoch
             number = epoch % cfg.teacher_views if bank else epoch  # of the view
@@ -441,15 +469,15 @@ def fit(cfg: Config, rank: int, world: int) -> dict:
                     raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
 
     # ---------------------------------------------------------------- take it away
+    if world > 1:  # nobody waits for the evaluation
+        dist.barrier()
+        dist.destroy_process_group()
     if rank == 0:
         export(student, cfg, run / "student.safetensors")
         log.info(f"done. Evaluate with: python eval.py {latest}")
         if cfg.eval_at_end:
             evaluate = EvalConfig((str(latest),), device=cfg.device, precision=cfg.precision)
             metrics = metrics | dict(eval=evaluation.main(evaluate))
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
     return metrics
 
 

@@ -79,6 +79,12 @@ def test_a_full_disk_is_a_message_and_the_same_command_goes_on(tmp_path, undistu
     assert same(state(tmp_path), undisturbed)
 
 
+def test_a_store_that_does_not_fit_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=5000)))
+    with pytest.raises(UserError, match="the store needs .* --store_size and --max_samples"):
+        data.open_store(settings(tmp_path), "train", 32, 80)
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path):
     path = tmp_path / "checkpoint_latest.pth"
     train.write_atomically(path, lambda temporary: torch.save(dict(step=1), temporary))
@@ -146,3 +152,15 @@ def test_a_signal_saves_says_how_to_go_on_and_sets_the_status(tmp_path, undistur
     assert "the same command goes on" in text and "Traceback" not in text
     train.main(cfg)
     assert same(state(tmp_path), undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once_when_there_is_one_process(number):
+    for alone in (True, False):
+        if not (child := os.fork()):
+            with train.stop_signals(alone) as received:
+                os.kill(os.getpid(), number)
+                os._exit(100) if received != [number] else os.kill(os.getpid(), number)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == (-number if alone else 0)

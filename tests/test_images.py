@@ -6,6 +6,7 @@ quarters, so that their outcome shows orientation, colours and the frame that wa
 
 import io
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -33,6 +34,7 @@ COLOURS = dict(
     w=(255, 255, 255),
 )
 TOLERANCE = 24  # of 255: JPEG and LAB are lossy; colours above differ by 42 and more
+OURS = str(Path(__file__).parents[1] / "assets" / "views.png")  # no stranger's business
 SIDE = 64  # of most pictures; they are stored at half of it
 
 
@@ -235,7 +237,8 @@ CASES = [
     ("zeros.jpg", bytes(5000), "cannot identify image file"),
     ("program.eps", POSTSCRIPT, "PostScript is a program"),
     ("named alike.png", dict(bytes=b"", path=__file__), "cannot identify image file"),
-    ("gone", dict(bytes=None, path="gone.jpg"), "No such file"),
+    ("ours", dict(bytes=None, path=OURS), "outside the data set's folder"),
+    ("somebody's", dict(bytes=None, path="ours.png"), "outside the data set's folder"),
     ("NULL", None, "no image"),
     ("NULL within", dict(bytes=None, path=None), "no image"),
     # files that are none
@@ -323,6 +326,18 @@ def test_every_image_has_its_outcome(root, outcomes, source, name, expected):
         assert source == "parquet" or file == str(Path(file).parent / name)
 
 
+def test_a_folder_is_read_behind_a_link_but_no_path_that_leaves_it(tmp_path):
+    (tmp_path / "a.png").write_bytes(saved(picture(), "png"))
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / "folder")
+    (tmp_path / "link").symlink_to("folder")
+    assert len(data.open_store(config(tmp_path, "link"), "train", SIDE)) == 1
+    # A stranger's list of files.
+    (tmp_path / "folder" / "metadata.csv").write_text("file_name\n../a.png\n")
+    with pytest.raises(UserError, match="cannot read|outside the data set's folder"):
+        data.open_store(config(tmp_path, "folder"), "train", SIDE)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_too_many_unreadable_images_stop_the_run_and_are_named(root, tmp_path, source):
     with pytest.raises(UserError) as error:
@@ -332,3 +347,14 @@ def test_too_many_unreadable_images_stop_the_run_and_are_named(root, tmp_path, s
     assert all(line.startswith("  row ") for line in listed)
     unreadable = [name for name, _, outcome in SOURCES[source] if not readable(outcome)]
     assert all(any(name in line for name in unreadable) for line in listed)
+
+
+def test_what_datasets_passes_over_is_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(data.log, "propagate", True)
+    for folder, name in (("own", "a.png"), ("own", "b.Png"), ("ow[n]", "a.png")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_bytes(saved(picture(), "png"))
+    assert len(data.open_store(config(tmp_path, "own"), "train", SIDE)) == 1
+    assert "1 files of" in caplog.text and "b.Png, are passed over" in caplog.text
+    with pytest.raises(UserError, match="rename the folder"):
+        data.open_store(config(tmp_path, "ow[n]"), "train", SIDE)

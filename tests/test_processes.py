@@ -1,78 +1,233 @@
-"""Several processes: torchrun on CPU (gloo) gives what one process gives, and the command line."""
+"""Several processes give what one gives, and end together; and the command line.
+
+Most tests fork the ranks from a process that has imported everything, with the variables that
+torchrun sets; one goes through torchrun. A machine is a folder: its cache and runs are relative.
+"""
 
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 TINY = (
     "--dataset shapes --teacher demo --teacher_size 32 --student vit_tiny_patch16_224 "
     "--student_size 32 --student_args embed_dim=48,depth=2,num_heads=2 --batch_size 16 "
     "--max_samples 64 --precision fp32 --device cpu --log_every 1 --head linear "
-    "--local_crops 1 --local_size 16 --num_workers 0 --teacher_views 1"
+    "--local_crops 1 --local_size 16 --num_workers 0 --run_dir run --epochs 3 --teacher_views 1 "
+    "--save_every 1"
 ).split()
+ENV = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+# One JSON a line: the folder of each rank's machine, flags, and a file: once something is in it,
+# ranks are sent signals. Answers with their statuses; what they print is in their logs.
+RANKS = f"""
+import json, os, sys, time, traceback
+sys.path.insert(0, {str(ROOT)!r})
+import datasets, config, model, train
+config.parse(config.Config, {TINY}, model.problems)  # what it learns of the models is kept
+
+def rank_of(world, rank, machine, port, folder, flags, log):
+    os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK="0", MASTER_PORT=str(port),
+                      MASTER_ADDR="127.0.0.1", GROUP_RANK=str(machine))
+    os.chdir(folder)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.argv = ["train.py", *flags]
+    try:
+        config.cli(train.main, config.Config, model.problems)
+    except SystemExit as stop:
+        return stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for line in sys.stdin:
+    folders, flags, port, path, signals, logs = json.loads(line)
+    machines, children = list(dict.fromkeys(folders)), []
+    for rank, (folder, log) in enumerate(zip(folders, logs)):
+        if not (child := os.fork()):
+            arguments = len(folders), rank, machines.index(folder), port, folder, flags, log
+            status = rank_of(*arguments)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+        children.append(child)
+    while path and not (os.path.exists(path) and os.path.getsize(path)):
+        time.sleep(0.001)
+    for rank, number in signals:
+        os.kill(children[rank], number)
+        time.sleep(0.01)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps(statuses), flush=True)
+"""
 
 
-def run(tmp_path: Path, name: str, *more: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*launcher, "train.py", *TINY, "--cache_dir", str(tmp_path / "cache")]
-    command += ["--run_dir", str(tmp_path / name), *more]
-    env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """train(folders, flags, path, signals) -> the status and the output of each rank."""
+    logs, calls = tmp_path_factory.mktemp("logs"), iter(range(1000))
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    zygote = subprocess.Popen([sys.executable, "-c", RANKS], env=ENV, **pipes)
+
+    def call(folders, *flags, path="", signals=()):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        call_logs = [str(logs / f"{next(calls)}") for _ in folders]
+        todo = [*map(str, folders)], [*TINY, *flags], port, str(path), list(signals), call_logs
+        zygote.stdin.write(json.dumps(todo) + "\n")
+        statuses = json.loads(zygote.stdout.readline())
+        return statuses, [Path(log).read_text() for log in call_logs]
+
+    yield call
+    zygote.kill()
 
 
-def metrics(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_ranks_give_the_losses_of_one_and_resume(tmp_path):
-    assert run(tmp_path, "one", "--epochs", "2").returncode == 0
-    first = run(tmp_path, "two", "--epochs", "1", "--warmup_epochs", "0", ranks=2)
-    assert first.returncode == 0, first.stderr[-2000:]
-    again = run(tmp_path, "two", "--epochs", "2", "--warmup_epochs", "0", ranks=2)
-    assert again.returncode == 0 and "continuing" in again.stdout, again.stderr[-2000:]
-    assert run(tmp_path, "straight", "--epochs", "2", ranks=2).returncode == 0
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "straight")
-    assert [m["step"] for m in one] == [m["step"] for m in two] == list(range(1, 9))
+def weights(folder: Path) -> dict:
+    return torch.load(folder / "run/checkpoint_latest.pth")["student"]
+
+
+def close(one: Path, other: Path) -> bool:
+    """The same losses to 1e-3, and weights to 2e-4: only the order of sums differs."""
+    a, b = metrics(one), metrics(other)
+    assert [m["step"] for m in a] == [m["step"] for m in b] == list(range(1, 13))
     for key in ("loss", "cls", "patch", "cos", "norm"):
-        assert all(abs(a[key] - b[key]) < 1e-3 for a, b in zip(one, two, strict=True)), key
-    a, b = (
-        torch.load(tmp_path / n / "checkpoint_latest.pth")["student"] for n in ("one", "straight")
-    )
-    assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+        assert all(abs(m[key] - n[key]) < 1e-3 for m, n in zip(a, b, strict=True)), key
+    a, b = weights(one), weights(other)
+    return all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def ranks(train, tmp_path_factory):
+    """Folders of runs that nobody disturbed, by their number of processes."""
+    found = {}
+    for count in (1, 2, 4):
+        found[count] = folder = tmp_path_factory.mktemp(f"ranks_{count}")
+        statuses, texts = train([folder] * count)
+        assert statuses == [0] * count, texts
+    return found
+
+
+def test_two_and_four_processes_give_the_losses_of_one(ranks):
+    assert close(ranks[1], ranks[2]) and close(ranks[1], ranks[4])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_run_of_two_processes_goes_on_with_any_number(train, ranks, tmp_path, count):
+    """To the bit with as many, else as close as if it had been begun so."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(ranks[2] / "run/checkpoint_epoch_1.pth", tmp_path / "run/checkpoint_latest.pth")
+    shutil.copy(ranks[2] / "run/metrics.jsonl", tmp_path / "run")
+    statuses, texts = train([tmp_path] * count)
+    assert statuses == [0] * count and "continuing" in texts[0], texts
+    assert close(ranks[2], tmp_path) and same(ranks[2], tmp_path) == (count == 2)
+
+
+def test_machines_have_a_store_and_bank_each_and_share_the_run_folder(train, ranks, tmp_path):
+    machines = [tmp_path / "a", tmp_path / "b"]
+    for machine in machines:
+        machine.mkdir()
+    statuses, texts = train(machines)
+    assert statuses == [0, 0] and close(ranks[2], machines[0]), texts
+    assert len(list(tmp_path.glob("*/cache/stores/*/images.u8"))) == 2
+    # An image stays with its machine: both together asked little more than once about each.
+    done = [np.fromfile(f, np.uint8) for f in sorted(tmp_path.glob("*/cache/banks/*/view_0/done"))]
+    assert len(done) == 2 and (done[0] | done[1]).all() and sum(map(np.sum, done)) < 1.5 * 64
+    assert "the teacher is dropped" not in "".join(texts), "neither bank has all rows"
+    # The second machine sees no checkpoint, and would begin anew.
+    run = machines[0] / "run"
+    shutil.copy(run / "checkpoint_epoch_1.pth", run / "checkpoint_latest.pth")
+    statuses, texts = train(machines)
+    assert statuses == [2, 2] and all("continues: 4 or None" in text for text in texts), texts
+    (machines[1] / "run").symlink_to(run)
+    statuses, texts = train(machines)
+    assert statuses == [0, 0] and close(ranks[2], machines[0]), texts
+
+
+def test_a_second_run_in_the_same_folder_ends_at_once(train, ranks):
+    with FileLock(ranks[2] / "run.lock"):
+        statuses, texts = train([ranks[2]] * 2)
+    assert statuses == [2, 2] and "another process is training" in texts[0], texts
+
+
+def test_an_indivisible_batch_is_refused(train, tmp_path):
+    statuses, texts = train([tmp_path] * 2, "--batch_size", "15")
+    assert statuses == [2, 2] and "not a multiple of the 2 ranks" in texts[0]
+
+
+@pytest.mark.parametrize("told", [[1], [0, 1, 0, 1]])
+def test_processes_told_to_stop_save_however_often_they_are_told(train, ranks, tmp_path, told):
+    """SLURM tells everyone, torchrun hands it on; or only one is told."""
+    signals = [(rank, signal.SIGTERM) for rank in told]
+    path = tmp_path / "run/metrics.jsonl"
+    statuses, texts = train([tmp_path] * 2, path=path, signals=signals)
+    assert statuses == [143, 143] and "the same command goes on" in texts[0], texts
+    assert 0 < metrics(tmp_path)[-1]["step"] < 12
+    statuses, texts = train([tmp_path] * 2)
+    assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_who_loses_a_process_ends_with_a_message(train, tmp_path, killed):
+    path, begin = tmp_path / "run/metrics.jsonl", time.time()
+    statuses, texts = train([tmp_path] * 2, path=path, signals=[(killed, signal.SIGKILL)])
+    assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] == 2, texts
+    message = texts[1 - killed][texts[1 - killed].find("error: ") :]
+    assert message.startswith(f"error: process {1 - killed} of 2 has lost the others"), texts
+    assert "Traceback" not in message and time.time() - begin < 60
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="needs Linux's list of children")
+def test_a_killed_worker_ends_torchrun_and_the_same_command_goes_on(train, ranks, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train.py"), *TINY]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    torchrun = subprocess.Popen(command, cwd=tmp_path, env=ENV, **pipes)
+    while torchrun.poll() is None and not list(tmp_path.glob("run/checkpoint_epoch_1.pth")):
+        time.sleep(0.001)
+    workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    begin = time.time()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    text, _ = torchrun.communicate(timeout=60)
+    assert torchrun.returncode == 1 and time.time() - begin < 60
+    assert text.count("has lost the others") == 1 and "exitcode  : -9" in text, text
+    statuses, texts = train([tmp_path] * 2)
+    assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
 
 @pytest.mark.slow
-def test_compiled_runs_keep_plain_names_and_nearly_the_losses(tmp_path):
-    plain, compiled = (run(tmp_path, n, "--epochs", "1", "--compile", n) for n in ("off", "on"))
-    if compiled.returncode and "compiler" in compiled.stderr:
+def test_compiled_runs_keep_plain_names_and_nearly_the_losses(train, ranks, tmp_path):
+    statuses, texts = train([tmp_path], "--compile", "on")
+    if statuses[0] and "compiler" in texts[0]:
         pytest.skip("torch.compile needs a C++ compiler")
-    assert plain.returncode == compiled.returncode == 0, compiled.stderr[-2000:]
-    off, on = metrics(tmp_path / "off"), metrics(tmp_path / "on")
+    assert statuses == [0], texts
+    off, on = metrics(ranks[1]), metrics(tmp_path)
     assert all(abs(a["loss"] - b["loss"]) < 1e-2 for a, b in zip(off, on, strict=True))
-    a, b = (
-        torch.load(tmp_path / n / "checkpoint_latest.pth")["student"].keys() for n in ("off", "on")
-    )
-    assert a == b
+    assert weights(ranks[1]).keys() == weights(tmp_path).keys()
 
 
-@pytest.mark.parametrize("command", ["train.py --epoch 3 --loss cosin", "eval.py nowhere.pth"])
-def test_mistakes_end_with_a_message_and_status_2(command):
-    done = subprocess.run(
-        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (
-        done.returncode == 2 and done.stderr.startswith("error:") and "Traceback" not in done.stderr
-    )
-
-
-def test_an_indivisible_batch_is_refused(tmp_path):
-    done = run(tmp_path, "odd", "--batch_size", "15", ranks=2)
-    assert done.returncode != 0 and "not a multiple of the 2 ranks" in done.stderr
+def test_mistakes_end_with_a_message_and_status_2(train, tmp_path):
+    command = [sys.executable, "eval.py", "nowhere.pth"]
+    judged = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    (status,), (text,) = train([tmp_path], "--epoch", "3", "--loss", "cosin")
+    for code, message in ((judged.returncode, judged.stderr), (status, text)):
+        assert code == 2 and message.startswith("error:") and "Traceback" not in message

@@ -122,3 +122,12 @@ def test_strings_are_numbered_alike_in_all_splits(tmp_path):
     large.to_parquet(tmp_path / "large" / "train.parquet")
     cfg = Config(dataset=str(tmp_path / "large"), cache_dir=cfg.cache_dir, num_workers=0)
     assert data.open_store(cfg, "train", 32).labels.tolist() == [1, 0]
+
+
+def test_an_empty_test_split_is_named_before_anything_is_written(tmp_path):
+    cfg = config(tmp_path, [0, 1] * 6)
+    rows = datasets.Dataset.from_parquet(f"{cfg.dataset}/train.parquet")
+    rows.select([]).to_parquet(f"{cfg.dataset}/test.parquet")
+    with pytest.raises(UserError, match='"test" corresponds to no data! It is empty: remove its'):
+        train.main(cfg)
+    assert not cfg.run_path.exists()

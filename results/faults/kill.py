@@ -41,8 +41,8 @@ PLACES = {  # what must be there before the kill, and the longest wait after tha
 }
 
 
-def start(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, *COMMAND, "--run_dir", str(folder / "run")]
+def start(folder: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, *COMMAND, "--run_dir", str(folder / "run"), *more]
     command += ["--cache_dir", str(folder / "cache")]
     env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     return subprocess.Popen(
