@@ -136,7 +136,10 @@ class Config:
 
     @property
     def workers(self) -> int:
-        return self.num_workers if self.num_workers >= 0 else os.cpu_count() or 1
+        if self.num_workers >= 0:
+            return self.num_workers
+        mine = getattr(os, "sched_getaffinity", None)  # a container or SLURM may give us fewer
+        return len(mine(0)) if mine else os.cpu_count() or 1
 
     def problems(self) -> list[str]:
         """What is wrong with data and run settings; model.py knows what does not fit the models."""

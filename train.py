@@ -374,7 +374,8 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
     logged, since, last_save, waited = step, time.time(), time.time(), 0.0
     progress = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0 or None)
     writer = contextlib.nullcontext() if rank else tensorboard(run, step)
-    with progress, logging_redirect_tqdm([log]), writer as board, stop_signals(world == 1) as signals:
+    with (progress, logging_redirect_tqdm([log]), writer as board,
+          stop_signals(alone=world == 1) as signals):
         for epoch in range(step // steps_per_epoch, cfg.epochs):
             first = step - epoch * steps_per_epoch
             number = epoch % cfg.teacher_views if bank else epoch  # of the view
