@@ -81,6 +81,7 @@ def settings(folder: Path, **changes) -> Config:
         student_size=96,
         batch_size=64,
         log_every=4,
+        jitter=0.4,  # as the course project had it; both sides of every ratio
         epochs=2,
     )
     given |= changes
