@@ -12,8 +12,6 @@ line of PHI-S (Ranzinger et al. 2024), learned heads in that of Proteus and UNIC
 """
 
 import ast
-import contextlib
-import ctypes
 import functools
 import hashlib
 import os
@@ -498,10 +496,6 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: torch finds no such device here")
     # On a CPU attention written out trains small ViTs up to twice as fast as torch's fused one.
     timm.layers.set_fused_attn(name != "cpu")
-    if name == "cpu":  # glibc gives large tensors back to the system, and gets them zeroed again:
-        with contextlib.suppress(OSError, AttributeError):  # a conv net's forward takes 1.4 times
-            mallopt = ctypes.CDLL(None).mallopt  # as long. So: M_MMAP_MAX 0, M_TRIM_THRESHOLD 2 GB
-            mallopt(-4, 0), mallopt(-1, 2**31 - 1)
     return torch.device(name)
 
 
