@@ -192,6 +192,7 @@ def test_without_tensorboard_a_run_is_the_same_and_nothing_is_said(tiny, monkeyp
 
 
 def test_an_exported_student_says_what_made_it(tiny, monkeypatch):
+    train.commit.cache_clear()  # somebody may have committed since
     cfg = tiny(epochs=1)
     train.main(cfg)
     with safetensors.safe_open(cfg.run_path / "student.safetensors", "pt") as file:

@@ -64,6 +64,7 @@ def hub(*arguments: str):
         server.kill()
 
 
+@pytest.mark.slow
 @needs_shared
 def test_the_default_path_downloads_trains_and_evaluates(tmp_path):
     weights = tmp_path / "dinov2"
@@ -106,6 +107,7 @@ def test_the_default_path_downloads_trains_and_evaluates(tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
 
 
+@pytest.mark.slow
 @needs_shared
 def test_cifar100_is_judged_by_its_fine_labels(tmp_path):
     folder = tmp_path / "cifar100" / "data"

@@ -13,7 +13,7 @@ from config import Config
     [
         ("vit_small_patch16_224", 96, ""),
         ("vit_small_patch16_224", 224, "depth=2"),
-        ("vit_base_patch16_224", 96, ""),
+        pytest.param("vit_base_patch16_224", 96, "", marks=pytest.mark.slow),
         ("vit_tiny_patch16_224", 96, "reg_tokens=4"),
         ("resnet18", 96, ""),
         ("mobilenetv4_conv_small", 96, ""),

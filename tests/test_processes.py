@@ -196,6 +196,7 @@ def test_who_loses_a_process_ends_with_a_message(train, tmp_path, killed):
     assert "Traceback" not in message and time.time() - begin < 60
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs Linux's list of children")
 def test_a_killed_worker_ends_torchrun_and_the_same_command_goes_on(train, ranks, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

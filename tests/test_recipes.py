@@ -80,6 +80,7 @@ STUDENTS = {
 }
 
 
+@pytest.mark.slow
 def test_the_exported_student_gives_the_same_embeddings_in_plain_timm(tmp_path):
     expected = {}
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -184,6 +185,7 @@ def test_a_teacher_of_the_page_is_asked(name, tmp_path):
     assert teacher.grid == grid and features.patches.shape == (2, grid[0] ** 2, teacher.embed_dim)
 
 
+@pytest.mark.slow
 def test_the_patches_for_a_loss_and_a_second_teacher_train_resume_and_are_judged(home, tmp_path):
     for name in ("config", "data", "eval", "model", "train"):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
