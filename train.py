@@ -203,11 +203,11 @@ def main(cfg: Config) -> dict:
     validate(cfg, models.problems)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = models.pick_device(cfg.device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=RANK_WAIT)
     cfg.run_path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{cfg.run_path}.lock", timeout=0) if rank == 0 else contextlib.nullcontext()
     try:
+        if world > 1 and not dist.is_initialized():  # first: whoever fails then ends the others
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=RANK_WAIT)
         with lock:
             return fit(cfg, device, rank, world)
     except Timeout:
