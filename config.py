@@ -328,6 +328,7 @@ def hub_online() -> None:
     import datasets
     import huggingface_hub as hub
 
+    hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # timm may have imported it before us
     if not hub.constants.HF_HUB_OFFLINE:
         try:
             hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
