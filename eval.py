@@ -170,15 +170,15 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor) -> tuple[Tensor, f
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
     held, rest = order.tensor_split([max(1, int(HOLDOUT * len(order)))])
     w, best, best_C, worse = None, -1.0, STRENGTHS[0], 0
-    for C in data.progress(STRENGTHS, "linear probe", len(STRENGTHS)):
-        w = fit_probe(train[rest], labels[rest], classes, C, w, tolerance=1e-4)
-        hits = F.linear(train[held], w[:, :-1], w[:, -1]).argmax(1) == labels[held]
-        worse += 1
-        if (accuracy := float(hits.double().mean())) > best:
-            best, best_C, worse = accuracy, C, 0
-        if worse == 2:
-            break
-    w = fit_probe(train, labels, classes, best_C, w)
+    for C in data.progress((*STRENGTHS, None), "linear probe", len(STRENGTHS) + 1):
+        if C is None:
+            w = fit_probe(train, labels, classes, best_C, w)
+        elif worse < 2:
+            w = fit_probe(train[rest], labels[rest], classes, C, w, tolerance=1e-4)
+            hits = F.linear(train[held], w[:, :-1], w[:, -1]).argmax(1) == labels[held]
+            worse += 1
+            if (accuracy := float(hits.double().mean())) > best:
+                best, best_C, worse = accuracy, C, 0
     return F.linear(test, w[:, :-1], w[:, -1]).argmax(1), best_C
 
 

@@ -100,13 +100,15 @@ class Backbone(nn.Module):
         return sum(p.numel() for p in self.net.parameters())
 
 
-def _create(name: str, image_size: int, **timm_kwargs) -> nn.Module:
-    """A timm model for image_size. Transformers are told the size, conv nets take any."""
+def sized(name: str, image_size: int, timm_kwargs: dict) -> dict:
+    """timm's arguments for image_size: transformers are told the size, conv nets take any."""
     with torch.device("meta"):
         resizable = hasattr(timm.create_model(name, num_classes=0, **timm_kwargs), "set_input_size")
-    if resizable:
-        timm_kwargs["img_size"] = image_size
-    return timm.create_model(name, num_classes=0, **timm_kwargs)
+    return timm_kwargs | (dict(img_size=image_size) if resizable else {})
+
+
+def _create(name: str, image_size: int, **timm_kwargs) -> nn.Module:
+    return timm.create_model(name, num_classes=0, **sized(name, image_size, timm_kwargs))
 
 
 @functools.cache

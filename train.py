@@ -182,9 +182,7 @@ def commit() -> str:
 
 def export(student: models.Backbone, cfg: Config, path: Path) -> None:
     """The student alone, under timm's names; the metadata says how to use it."""
-    args = models.student_arguments(cfg)
-    if hasattr(student.net, "set_input_size"):  # as build_student tells it
-        args["img_size"] = cfg.student_size
+    args = models.sized(cfg.student, cfg.student_size, models.student_arguments(cfg))
     metadata = dict(
         model=cfg.student, args=json.dumps(args, default=str), image_size=cfg.student_size,
         mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist(),
@@ -281,7 +279,10 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
     resident = None  # the stored images, when they are kept on the device
     if cfg.store_device == "device" or (cfg.store_device == "auto" and device.type == "cuda" and
                                         store.images.nbytes < torch.cuda.mem_get_info()[0] / 4):
-        resident = torch.from_numpy(store.images[np.arange(len(store))]).to(device)
+        resident = torch.empty(store.images.shape, dtype=torch.uint8, device=device)
+        parts = torch.arange(len(store)).split(4096)
+        for rows in data.progress(parts, "images to the device", len(store), 4096):
+            resident[rows[0] : rows[-1] + 1] = torch.from_numpy(store.images[rows])
     waited = 0.0  # seconds that the loop has waited for data
 
     def batches(epoch, samples, batch_size, *share):

@@ -1,7 +1,7 @@
 """What each setting is worth: short runs on CIFAR-10 that differ from `base` in one thing.
 
     python results/recipe/sweep.py IMAGES WEIGHTS                     # every row
-    python results/recipe/sweep.py IMAGES WEIGHTS "head linear" base  # some rows
+    python results/recipe/sweep.py IMAGES WEIGHTS "head linear" "base #2"  # some, one of seed 2
     python results/recipe/sweep.py --table                            # runs.jsonl as Markdown
 
 IMAGES is CIFAR-10 as train.py's --dataset takes it, WEIGHTS those of the stand-in teacher (any timm
@@ -37,11 +37,11 @@ from model import Features  # noqa: E402
 RUNS = HERE / "runs.jsonl"
 TEACHER = "tf_efficientnet_lite0"
 BASE = dict(teacher=TEACHER, teacher_size=96, student="vit_tiny_patch16_224", student_size=64,
-            student_args="depth=4", batch_size=128, epochs=4, teacher_views=2, jitter=0.4,
-            num_workers=1)
+            student_args="depth=4", batch_size=128, epochs=4, teacher_views=2, num_workers=1)
 JUDGED = 20_000, 10_000  # training and test images of the verdict
 # The naive recipe needs a teacher grid (6 x 6) that is larger than the student's (4 x 4).
-NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20)
+FEW = dict(max_samples=5_000, epochs=40, teacher_views=4)  # where jitter might help the most
+NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20, jitter=0.4)
 
 # ---------------------------------------------------------------------------- other objectives
 
@@ -175,8 +175,12 @@ ROWS = {
     "patch weight 1": dict(patch_weight=1.0),
     "cls weight 0, mean of patches": dict(cls_weight=0.0, patch_weight=1.0, pool="mean"),
     "pool mean": dict(pool="mean"),
-    "jitter 0": dict(jitter=0.0, seeds=3),
     "jitter 0.2": dict(jitter=0.2),
+    "jitter 0.4": dict(jitter=0.4, seeds=3),
+    "5,000 images, 40 epochs": dict(FEW),
+    "5,000 images, 40 epochs, jitter 0.4": dict(FEW, jitter=0.4),
+    "5,000 images, 40 epochs, V = 1": dict(FEW, teacher_views=1),
+    "5,000 images, 40 epochs, V = 16": dict(FEW, teacher_views=16),
     "lr 5e-4": dict(lr=5e-4),
     "lr 2e-3": dict(lr=2e-3, seeds=3),
     "lr 4e-3": dict(lr=4e-3),
@@ -202,6 +206,13 @@ ROWS = {
     "convnext_atto": dict(student="convnext_atto", student_args=""),
     "mobilenetv3_small_100": dict(student="mobilenetv3_small_100", student_args=""),
     "resnet18": dict(student="resnet18", student_args=""),
+    # with the jitter of 0.4 that was the default when the screening began
+    "jitter 0.4, head linear": dict(jitter=0.4, head="linear"),
+    "jitter 0.4, not whitened": dict(jitter=0.4, objective=NotWhitened),
+    "jitter 0.4, whitened": dict(jitter=0.4, objective=Whitened),
+    "jitter 0.4, lr 2e-3": dict(jitter=0.4, lr=2e-3),
+    "jitter 0.4, patch MSE only": dict(jitter=0.4, objective=PatchMSE, pool="mean"),
+    "jitter 0.4, KL over a queue, CLS only": dict(jitter=0.4, objective=QueueKL),
     # what others do
     "normalised MSE, frozen random map": dict(loss="mse", head="frozen", seeds=3),
     "patch MSE only": dict(objective=PatchMSE, pool="mean", seeds=3),
@@ -341,10 +352,11 @@ def table() -> str:
 
 def main(images: str, weights: str, *rows: str) -> None:
     for row in rows or ROWS:
+        row, _, only = row.partition(" #")
         given = ROWS[row]
         settings = {k: getattr(v, "__name__", v) for k, v in given.items() if k != "seeds"}
         extras = {k: given[k] for k in ("objective", "ema") if k in given}
-        for seed in range(given.get("seeds", 1)):
+        for seed in [int(only)] if only else range(given.get("seeds", 1)):
             cfg = config_of(row, images, weights, seed)
             name, count = f"teacher, {cfg.teacher_size} px", cfg.max_samples or 50_000
             if not any(r["row"] == name and r["images"] == count for r in known_runs()):
