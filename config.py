@@ -87,9 +87,6 @@ class Config:
                                "on the device; auto = on a GPU if they take at most a quarter of "
                                "its free memory", choices=("auto", "disk", "device"))
     crop_scale: float = option(0.4, "smallest area of a view, of the image's", low=0.01, high=1)
-    jitter: float = option(0.0, "strength of the student's colour jitter. It asks the student for "
-                           "what the teacher was not shown: none is best (results/recipe)",
-                           low=0, high=1)
 
     # teacher
     teacher: str = option("dinov2_vitb14", "dinov2_vit{s,b,l,g}14[_reg], demo, or any timm model")
@@ -108,13 +105,11 @@ class Config:
 
     # loss
     head: str = option("pca", "pca, frozen: a fixed map takes the teacher to the student's width; "
-                       "linear, mlp: a trained map takes the student to the teacher's",
-                       choices=("pca", "frozen", "linear", "mlp"))
-    loss: str = option("cosine", "distance to the target", choices=("cosine", "mse", "smooth_l1"))
+                       "linear: a trained map takes the student to the teacher's",
+                       choices=("pca", "frozen", "linear"))
+    loss: str = option("cosine", "distance to the target", choices=("cosine", "mse"))
     cls_weight: float = option(1.0, "weight of the [CLS] loss", low=0)
     patch_weight: float = option(0.5, "weight of the patch loss", low=0)
-    local_crops: int = option(0, "small extra views, matched to the full view's [CLS]", low=0)
-    local_size: int = option(48, "their pixels; a multiple of the student's patch", low=8)
 
     # optimisation
     epochs: int = option(50, "passes over the data", low=1)

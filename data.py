@@ -38,14 +38,10 @@ from config import DATASETS, UserError, hub_error, hub_online, slug
 
 log = logging.getLogger("distill")
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-# RGB -> YIQ (NTSC, FCC 1953): hue is a rotation of its last two axes.
-YIQ = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
 DECODING = 2  # to be raised when `decode` changes: stores made before are then made again
 MAX_PIXELS = 100_000_000  # of one encoded image
 PLAIN_SECONDS = 30  # between two lines of progress where there is no terminal
-LOCAL_SCALE = (0.05, 0.32)  # area of a local crop, DINOv2
-ORDER, VIEW, LOCAL, JITTER = range(4)  # streams of random numbers
+ORDER, VIEW = range(2)  # streams of random numbers
 
 
 def progress(items, text: str, total: int, each: int = 1):
@@ -644,13 +640,13 @@ def uniform(seed: int, stream: int, number: int, index: Tensor, count: int) -> T
     return torch.from_numpy((key >> np.uint64(11)) * 2.0**-53)
 
 
-def view(seed: int, number: int, index: Tensor, scale: tuple, stream: int = VIEW) -> Tensor:
+def view(seed: int, number: int, index: Tensor, scale: tuple) -> Tensor:
     """View `number` of each image: a random crop and flip, boxes float32 [B, 4].
 
     index: int64 [B]. scale: smallest and largest area. Aspect ratio 3/4 to 4/3, mirrored half of
     the time (torchvision's RandomResizedCrop, without its rejection loop).
     """
-    u = uniform(seed, stream, number, index, 5).unbind(1)
+    u = uniform(seed, VIEW, number, index, 5).unbind(1)
     area = scale[0] + (scale[1] - scale[0]) * u[0]
     ratio = (4 / 3) ** (2 * u[1] - 1)
     w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -658,12 +654,6 @@ def view(seed: int, number: int, index: Tensor, scale: tuple, stream: int = VIEW
     mirrored = u[4] < 0.5
     x, w = torch.where(mirrored, x + w, x), torch.where(mirrored, -w, w)
     return torch.stack([x, y, w, h], 1).float()
-
-
-def inside(outer: Tensor, inner: Tensor) -> Tensor:
-    """Boxes [B, 4] given in shares of other boxes [B, 4] -> boxes in shares of the image."""
-    origin, extent = outer[:, :2], outer[:, 2:]
-    return torch.cat([origin + extent * inner[:, :2], extent * inner[:, 2:]], 1)
 
 
 def render(images: Tensor, boxes: Tensor | None, size: int) -> Tensor:
@@ -698,47 +688,3 @@ def _resize_matrix(start: Tensor, length: Tensor, size: int, stored: int) -> Ten
     far = ((-0.5 * d + 2.5) * d - 4) * d + 2
     weights = torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
     return weights / weights.sum(-1, keepdim=True)
-
-
-def jitter(images: Tensor, seed: int, epoch: int, index: Tensor, strength: float) -> Tensor:
-    """Colour jitter with its own parameters for each image; float32 [B, 3, H, W] in [0, 1].
-
-    With strength s: brightness and contrast 1 +- s, saturation 1 +- s/2, hue +- s/4 of a turn, and
-    gray with probability s/2 (DINOv2's proportions at s = 0.4). All but the contrast's mean is
-    linear in a pixel's colour, so one 3x3 matrix per image does everything.
-    """
-    if strength == 0:
-        return images
-    u = uniform(seed, JITTER, epoch, index, 5).float()
-    change = 1 + strength * (2 * u[:, :4] - 1) * torch.tensor([1, 1, 0.5, 0.25])
-    brightness, contrast, saturation, turn = change.T[..., None, None]  # each [B, 1, 1]
-    saturation = torch.where(u[:, 4] < strength / 2, 0.0, saturation[:, 0, 0])[:, None, None]
-    sin, cos = (2 * torch.pi * turn).sin(), (2 * torch.pi * turn).cos()  # turn 1 is no change
-    plane = cos * torch.eye(2) + sin * torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-    rotation = torch.eye(3).repeat(len(u), 1, 1)
-    rotation[:, 1:, 1:] = plane
-    hue = torch.linalg.inv(YIQ) @ rotation @ YIQ
-    gray = torch.tensor(LUMA).expand(3, 3)  # takes a colour to its luma, three times
-    matrix = brightness * (saturation * torch.eye(3) + (1 - saturation) * gray) @ hue
-    matrix, offset = (to_device(t, images.device) for t in
-                      (contrast * matrix, (1 - contrast) * brightness * gray))
-    pixels = images.flatten(2)
-    # The contrast's mean: luma is untouched by hue and saturation, and scaled by brightness.
-    offset = offset @ pixels.mean(2, keepdim=True)
-    return torch.baddbmm(offset, matrix, pixels).clamp_(0, 1).view_as(images)
-
-
-def student_views(images: Tensor, index: Tensor, box: Tensor, cfg, epoch: int):
-    """What the student sees of a batch in an epoch.
-
-    images: uint8 [B, 3, S, S], index: int64 [B], box: the view [B, 4]. Returns, float32 in [0, 1],
-    the view in other colours [B, 3, student_size, student_size], and the local crops inside it
-    [local_crops * B, 3, local_size, local_size] or None.
-    """
-    each, local = 1 + cfg.local_crops, []
-    whole = jitter(render(images, box, cfg.student_size), cfg.seed, epoch * each, index, cfg.jitter)
-    for number in range(epoch * each + 1, (epoch + 1) * each):
-        part = inside(box, view(cfg.seed, number, index, LOCAL_SCALE, LOCAL))
-        crop = render(images, part, cfg.local_size)
-        local.append(jitter(crop, cfg.seed, number, index, cfg.jitter))
-    return whole, torch.cat(local) if local else None

@@ -39,7 +39,7 @@ from model import (
     pick_device,
     pick_dtype,
     spread,
-    student_arguments,
+    student_kwargs,
 )
 
 TEMPERATURE = 0.07  # of k-NN votes, DINO
@@ -51,7 +51,7 @@ HOLDOUT = 0.1  # share of train on which C is chosen
 PIXELS = 32  # side of the raw-pixel baseline
 BASELINE = frozenset(  # checkpoints that agree in these share data, teacher and untrained student
     "dataset train_split test_split image_column label_column store_size max_samples cache_dir "
-    "teacher teacher_weights teacher_size student student_args student_size pool local_crops seed"
+    "teacher teacher_weights teacher_size student student_args student_size pool seed"
     .split())
 ENTRIES = dict(  # of a checkpoint, and their types
     student=dict, heads=dict, optimiser=dict, scaler=dict, step=int, epoch=(int, float),
@@ -234,7 +234,7 @@ def read_checkpoint(path: Path) -> tuple[dict, Config]:
 def student_of(cfg: Config, weights: dict | None = None) -> Backbone:
     """The student of a config: with a checkpoint's weights, or as it was before training."""
     torch.manual_seed(cfg.seed)
-    args = student_arguments(cfg)
+    args = student_kwargs(cfg.student_args)
     student = build_student(cfg.student, cfg.student_size, cfg.pool, **args)
     if weights is not None:
         student.net.load_state_dict(weights)

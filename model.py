@@ -35,7 +35,7 @@ TEACHERS = {  # the official names -> timm's
 DEMO_TEACHER = Path(__file__).parent / "assets" / "demo_teacher.safetensors"
 DEMO_SIZE = 32  # pixels at which its position table was trained
 DEMO_ARGS = dict(patch_size=8, embed_dim=64, depth=4, num_heads=4, init_values=1.0)
-WHITEN = dict(pca=0.5, frozen=0.0, linear=1.0, mlp=1.0)  # power of the targets' deviation, by head
+WHITEN = dict(pca=0.5, frozen=0.0, linear=1.0)  # power of the targets' deviation, by head
 TOKENS_PER_IMAGE = 8  # patches of each image in the statistics of a Head
 MAX_HEADER = 1_000_000  # bytes of a safetensors file's list of tensors; 600 of them take 60,000
 # Arguments of timm that fetch or read weights: a student starts from random ones.
@@ -166,31 +166,26 @@ def student_kwargs(text: str) -> dict:
 def problems(cfg) -> list[str]:
     """What does not fit the models of a Config, found before anything is downloaded or written."""
     known, found = timm.list_models(), []
-    name, kwargs = _teacher_spec(cfg.teacher)
-    sides = [("teacher", name, kwargs, dict(teacher_size=cfg.teacher_size),
-              [*TEACHERS, "demo", *known])]
+    sides = [("teacher", *_teacher_spec(cfg.teacher), [*TEACHERS, "demo", *known])]
     try:
-        sizes = dict(student_size=cfg.student_size)
-        sizes |= dict(local_size=cfg.local_size) if cfg.local_crops else {}
-        sides.append(("student", cfg.student, student_kwargs(cfg.student_args), sizes, known))
+        sides.append(("student", cfg.student, student_kwargs(cfg.student_args), known))
     except UserError as error:
         found.append(str(error))
-    for role, name, kwargs, sizes, names in sides:
+    for role, name, kwargs, names in sides:
+        size = getattr(cfg, f"{role}_size")
         if name.split(".")[0] not in known:
             found.append(f"--{role} {name}: not among the models of timm {timm.__version__}"
                          f"{nearest(name, names)}")
             continue
-        before = len(found)
-        for flag, size in sizes.items():
-            try:
-                info = describe(name, size, tuple(kwargs.items()))
-            except UserError as error:
-                found.append(f"--{flag}: {error}")
-            except Exception as error:  # timm models fail in many ways on what they do not take
-                found.append(f"--{role} {name}: timm cannot build it at {size} px with "
-                             f"{kwargs}: {error}")
-        if role == "student" and len(found) == before:
-            found += _student_problems(cfg, info)
+        try:
+            info = describe(name, size, tuple(kwargs.items()))
+        except UserError as error:
+            found.append(f"--{role}_size: {error}")
+        except Exception as error:  # timm models fail in many ways on what they do not take
+            found.append(f"--{role} {name}: timm cannot build it at {size} px with {kwargs}: "
+                         f"{error}")
+        else:
+            found += _student_problems(cfg, info) if role == "student" else []
     return found
 
 
@@ -202,22 +197,7 @@ def _student_problems(cfg, info: dict) -> list[str]:
     if cfg.batch_size == int(os.environ.get("WORLD_SIZE", 1)) and info["batch_norm"]:
         found.append(f"--batch_size {cfg.batch_size}: {name} has batch norm, which needs two "
                      "images in every process")
-    if cfg.local_crops:
-        try:
-            with torch.device("meta"):
-                net = _create(name, cfg.student_size, **student_arguments(cfg)).eval()
-                net.forward_features(torch.zeros(1, 3, cfg.local_size, cfg.local_size))
-        except Exception:  # each model has its own way to say so
-            found.append(f"--local_crops {cfg.local_crops}: {name} takes images of one size only")
     return found
-
-
-def student_arguments(cfg) -> dict:
-    """The timm arguments of a Config's student."""
-    kwargs = student_kwargs(cfg.student_args)
-    if cfg.local_crops and describe(cfg.student, cfg.student_size, tuple(kwargs.items()))["tokens"]:
-        kwargs["dynamic_img_size"] = True  # one ViT for views of two sizes
-    return kwargs
 
 
 def check_sums(path) -> None:
@@ -334,12 +314,7 @@ def mse_loss(student: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(F.normalize(student.float(), dim=-1), F.normalize(target.float(), dim=-1))
 
 
-def smooth_l1_loss(student: Tensor, target: Tensor) -> Tensor:
-    """Mean Huber distance (beta 1); the Head divides each dimension by its whole deviation."""
-    return F.smooth_l1_loss(student.float(), target.float())
-
-
-LOSSES = dict(cosine=cosine_loss, mse=mse_loss, smooth_l1=smooth_l1_loss)
+LOSSES = dict(cosine=cosine_loss, mse=mse_loss)
 
 
 class Head(nn.Module):
@@ -349,9 +324,9 @@ class Head(nn.Module):
       pca      basis = the principal axes, Ds of them. A narrower teacher (Dt < Ds) fills the
                first Dt dimensions and leaves the others zero.
       frozen   basis = random orthonormal axes.
-      linear, mlp   no basis.
+      linear   no basis.
     Student: predict(features) is the identity for pca and frozen, so that what was trained is what
-    is used, and a trained map Ds -> Dt, thrown away afterwards, for linear and mlp.
+    is used, and a trained map Ds -> Dt, thrown away afterwards, for linear.
 
     The mean goes because a teacher's features share a large common part, on which a cosine would
     mostly be spent. The scale is each dimension's standard deviation to the power `whiten`: a few
@@ -361,21 +336,15 @@ class Head(nn.Module):
     constants would let both sides agree on a constant.
     """
 
-    def __init__(self, kind: str, student_dim: int, teacher_dim: int, whiten: float | None = None):
+    def __init__(self, kind: str, student_dim: int, teacher_dim: int):
         super().__init__()
-        self.kind, self.whiten = kind, WHITEN[kind] if whiten is None else whiten
+        self.kind, self.whiten = kind, WHITEN[kind]
         fixed = kind in ("pca", "frozen")
         self.out_dim = student_dim if fixed else teacher_dim
         self.register_buffer("mean", torch.zeros(teacher_dim))
         self.register_buffer("basis", torch.eye(teacher_dim, student_dim) if fixed else None)
         self.register_buffer("scale", torch.ones(self.out_dim))
-        self.predict = nn.Identity()
-        if kind == "linear":
-            self.predict = nn.Linear(student_dim, teacher_dim)
-        elif kind == "mlp":
-            inner = 2 * teacher_dim
-            layers = nn.Linear(student_dim, inner), nn.GELU(), nn.Linear(inner, teacher_dim)
-            self.predict = nn.Sequential(*layers)
+        self.predict = nn.Identity() if fixed else nn.Linear(student_dim, teacher_dim)
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
@@ -406,10 +375,9 @@ class Head(nn.Module):
 class Distiller(nn.Module):
     """Student, heads and loss as one module.
 
-    forward: student_images [B, 3, S, S], what `targets` returned [B, 1 + N, K], and local_images
-    [L * B, 3, s, s] or None (crops of the same images, one block of B after another) -> (loss,
-    stats [6]): the scalar to minimise, and loss, cls loss, patch loss, teacher-student cosine, and
-    the spread (mean pairwise cosine over the batch) of student and of targets.
+    forward: student_images [B, 3, S, S] and what `targets` returned [B, 1 + N, K] -> (loss, stats
+    [6]): the scalar to minimise, and loss, cls loss, patch loss, teacher-student cosine, and the
+    spread (mean pairwise cosine over the batch) of student and of targets.
     """
 
     STATS = ("loss", "cls", "patch", "cos", "spread", "target_spread")
@@ -418,8 +386,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student, self.grid, self.teacher_grid = student, student.grid, teacher.grid
         dims = student.embed_dim, teacher.embed_dim
-        whiten = 1.0 if cfg.loss == "smooth_l1" else None
-        self.cls_head, self.patch_head = (Head(cfg.head, *dims, whiten) for _ in range(2))
+        self.cls_head, self.patch_head = (Head(cfg.head, *dims) for _ in range(2))
         self.distance = LOSSES[cfg.loss]
         self.cls_weight, self.patch_weight = cfg.cls_weight, cfg.patch_weight
 
@@ -447,17 +414,12 @@ class Distiller(nn.Module):
         targets = self.cls_head.target(features.cls)[:, None], self.patch_head.target(patches)
         return torch.cat(targets, 1)
 
-    def forward(self, student_images, targets, local_images=None):
+    def forward(self, student_images, targets):
         cls_target, patch_target = targets[:, 0], targets[:, 1:]
         features = self.student(student_images)
         cls = self.cls_head.predict(features.cls)
         cls_loss = self.distance(cls, cls_target)
         patch_loss = self.distance(self.patch_head.predict(features.patches), patch_target)
-        if local_images is not None:  # multi-crop: a part should tell what the whole is
-            crops = len(local_images) // len(cls)
-            local = self.cls_head.predict(self.student(local_images).cls)
-            local_loss = self.distance(local, cls_target.repeat(crops, 1))
-            cls_loss = (cls_loss + crops * local_loss) / (1 + crops)
         loss = self.cls_weight * cls_loss + self.patch_weight * patch_loss
         with torch.no_grad():
             cos = F.cosine_similarity(cls.float(), cls_target.float(), dim=-1).mean()

@@ -5,9 +5,9 @@
     python train.py --dataset ../my_images --student resnet18
     torchrun --nproc_per_node=4 train.py --dataset cifar10  # the same losses on four GPUs
 
-Each step: cut one view out of every stored image, show it to the teacher, show it (in other
-colours) to the student, and pull the student's CLS and patch embeddings towards the teacher's. The
-same command continues an interrupted run, from any step, with the weights it would have had.
+Each step: cut one view out of every stored image, show it to the teacher and to the student, and
+pull the student's CLS and patch embeddings towards the teacher's. The same command continues an
+interrupted run, from any step, with the weights it would have had.
 
 Writes into the run folder: config.json, train.log, metrics.jsonl, views.png, checkpoint_latest.pth,
 checkpoint_epoch_N.pth, and at the end student.safetensors, which plain timm loads.
@@ -182,7 +182,7 @@ def commit() -> str:
 
 def export(student: models.Backbone, cfg: Config, path: Path) -> None:
     """The student alone, under timm's names; the metadata says how to use it."""
-    args = models.sized(cfg.student, cfg.student_size, models.student_arguments(cfg))
+    args = models.sized(cfg.student, cfg.student_size, models.student_kwargs(cfg.student_args))
     metadata = dict(
         model=cfg.student, args=json.dumps(args, default=str), image_size=cfg.student_size,
         mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist(),
@@ -387,7 +387,7 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
             for images, index, stored in batches(epoch, samples, cfg.batch_size, *share):
                 box = view_of(number, index)
                 targets = targets_of(images, index, box, number, stored)
-                student_view, local_views = data.student_views(images, index, box, cfg, epoch)
+                student_view = data.render(images, box, cfg.student_size)
                 if step == rank == 0:
                     seen = data.render(images[:8], box[:8], cfg.teacher_size)
                     rows = (("image", images[:8] / 255), ("teacher's\nview", seen),
@@ -402,7 +402,7 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
                 # Dropout and drop path, if any, follow from the step: a resumed run repeats them.
                 torch.manual_seed(cfg.seed * 2**32 + step * world + rank)
                 with autocast:
-                    loss, stats = module(student_view, targets, local_views)
+                    loss, stats = module(student_view, targets)
                 optimiser.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimiser)

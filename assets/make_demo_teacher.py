@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
@@ -23,7 +24,35 @@ from model import DEMO_ARGS, DEMO_SIZE, DEMO_TEACHER, Backbone, describe
 
 IMAGES, DATA_SEED = 50_000, 100
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 12, 128, 2e-3, 0.05, 0.1
-CROP_AREA, JITTER, SMOOTHING, PATCH_WEIGHT = (0.7, 1.0), 0.4, 0.1, 0.5
+CROP_AREA, STRENGTH, SMOOTHING, PATCH_WEIGHT = (0.7, 1.0), 0.4, 0.1, 0.5
+JITTER = 3  # its stream of random numbers, beside those of data.py
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+# RGB -> YIQ (NTSC, FCC 1953): hue is a rotation of its last two axes.
+YIQ = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
+
+
+def jitter(images: Tensor, seed: int, epoch: int, index: Tensor, strength: float) -> Tensor:
+    """Colour jitter with its own parameters for each image; float32 [B, 3, H, W] in [0, 1].
+
+    With strength s: brightness and contrast 1 +- s, saturation 1 +- s/2, hue +- s/4 of a turn, and
+    gray with probability s/2 (DINOv2's proportions at s = 0.4). All but the contrast's mean is
+    linear in a pixel's colour, so one 3x3 matrix per image does everything.
+    """
+    u = data.uniform(seed, JITTER, epoch, index, 5).float()
+    change = 1 + strength * (2 * u[:, :4] - 1) * torch.tensor([1, 1, 0.5, 0.25])
+    brightness, contrast, saturation, turn = change.T[..., None, None]  # each [B, 1, 1]
+    saturation = torch.where(u[:, 4] < strength / 2, 0.0, saturation[:, 0, 0])[:, None, None]
+    sin, cos = (2 * torch.pi * turn).sin(), (2 * torch.pi * turn).cos()  # turn 1 is no change
+    plane = cos * torch.eye(2) + sin * torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    rotation = torch.eye(3).repeat(len(u), 1, 1)
+    rotation[:, 1:, 1:] = plane
+    hue = torch.linalg.inv(YIQ) @ rotation @ YIQ
+    gray = torch.tensor(LUMA).expand(3, 3)  # takes a colour to its luma, three times
+    matrix = brightness * (saturation * torch.eye(3) + (1 - saturation) * gray) @ hue
+    pixels = images.flatten(2)
+    # The contrast's mean: luma is untouched by hue and saturation, and scaled by brightness.
+    offset = (1 - contrast) * brightness * gray @ pixels.mean(2, keepdim=True)
+    return torch.baddbmm(offset, contrast * matrix, pixels).clamp_(0, 1).view_as(images)
 
 
 def main() -> None:
@@ -46,7 +75,7 @@ def main() -> None:
         for index in order[: steps // EPOCHS * BATCH].view(-1, BATCH):
             boxes = data.view(DATA_SEED, epoch, index, CROP_AREA)
             views = data.render(images[index], boxes, DEMO_SIZE)
-            features = teacher(data.jitter(views, DATA_SEED, epoch, index, JITTER))
+            features = teacher(jitter(views, DATA_SEED, epoch, index, STRENGTH))
             scores = heads[0](features.cls), heads[1](features.patches.mean(1))
             losses = [F.cross_entropy(s, labels[index], label_smoothing=SMOOTHING) for s in scores]
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -24,7 +24,7 @@ TINY = (
     "--dataset shapes --teacher demo --teacher_size 32 --student vit_tiny_patch16_224 "
     "--student_size 32 --student_args embed_dim=48,depth=2,num_heads=2 --batch_size 16 "
     "--max_samples 64 --precision fp32 --device cpu --log_every 1 --head linear "
-    "--local_crops 1 --local_size 16 --num_workers 0 --run_dir run --epochs 3 --teacher_views 1 "
+    "--num_workers 0 --run_dir run --epochs 3 --teacher_views 1 "
     "--save_every 1"
 ).split()
 ENV = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")

@@ -69,7 +69,6 @@ def home(tmp_path_factory):
 STUDENTS = {
     "vit_tiny_patch16_224": dict(student_args="embed_dim=48 depth=2 num_heads=2"),
     "vit_tiny_patch16_224 mean": dict(student_args="depth=1 reg_tokens=4", pool="mean"),
-    "vit_tiny_patch16_224 local": dict(student_args="depth=1", local_crops=1, local_size=16),
     "vit_tiny_patch16_224 fc_norm": dict(student_args="depth=1 global_pool=avg"),
     "vit_base_patch16_siglip_224": dict(student_args="depth=1 embed_dim=48 num_heads=2"),
     "swin_tiny_patch4_window7_224": dict(

@@ -7,9 +7,10 @@
 IMAGES is CIFAR-10 as train.py's --dataset takes it, WEIGHTS those of the stand-in teacher (any timm
 model: see TEACHER). The teacher is asked once about each of two views; its answers are kept as
 they are, so that rows with other heads and losses read the same ones. Student, heads, views,
-schedule and verdict are the project's modules; the loop is train.py's without its precautions. The
-objectives that train.py does not have, the peers' and the naive ones, are the classes below. Each
-run adds a line to runs.jsonl; runs that are there already are not repeated.
+schedule and verdict are the project's modules; the loop is train.py's without its precautions. What
+train.py does not have is below: the peers' objectives, the naive ones, and what was an option of
+train.py until it lost here (colour jitter, local crops, an MLP head, smooth L1). Each run adds
+a line to runs.jsonl; runs that are there already are not repeated.
 """
 
 import dataclasses
@@ -25,7 +26,9 @@ from torch import nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "assets")]
+
+from make_demo_teacher import jitter as jittered  # noqa: E402
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
@@ -43,7 +46,43 @@ JUDGED = 20_000, 10_000  # training and test images of the verdict
 FEW = dict(max_samples=5_000, epochs=40, teacher_views=4)  # where jitter might help the most
 NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20, jitter=0.4)
 
+LOCAL_AREA, LOCAL_SIZE = (0.05, 0.32), 32  # of a local crop: DINOv2's share of the view; pixels
+
 # ---------------------------------------------------------------------------- other objectives
+
+
+def smooth_l1(student, target):
+    return F.smooth_l1_loss(student.float(), target.float())
+
+
+class SmoothL1(model.Distiller):
+    """Huber's distance (beta 1) to whole whitened targets."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        self.distance = smooth_l1
+        self.cls_head.whiten = self.patch_head.whiten = 1.0
+
+
+class MLP(model.Distiller):
+    """`--head linear` with a hidden layer, twice the teacher's width."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, dataclasses.replace(cfg, head="linear"))
+        wide = 2 * teacher.embed_dim
+        for head in (self.cls_head, self.patch_head):
+            head.predict = nn.Sequential(nn.Linear(student.embed_dim, wide), nn.GELU(),
+                                         nn.Linear(wide, teacher.embed_dim))
+
+
+class LocalCrops(model.Distiller):
+    """Multi-crop: small parts of the view, each of which is to tell what the whole is."""
+
+    def forward(self, images, targets, *crops):
+        said = self.student(images)
+        cls = [said.cls, *(self.student(crop).cls for crop in crops)]
+        loss = sum(self.distance(each, targets[:, 0]) for each in cls) / len(cls)
+        return loss + self.patch_weight * self.distance(said.patches, targets[:, 1:]), None
 
 
 class Uncentred(model.Distiller):
@@ -91,7 +130,7 @@ class PatchMSE(nn.Module):
     def targets(self, features):
         return features
 
-    def forward(self, images, targets, local=None):
+    def forward(self, images, targets):
         patches = self.predict(self.student(images).patches)
         patches = model.resample_patches(patches, self.student.grid, self.teacher_grid)
         return F.mse_loss(patches.float(), targets.patches.float()), None
@@ -116,7 +155,7 @@ class QueueKL(PatchMSE):
         seen = F.normalize(torch.cat([f.cls for f in features]).float(), dim=1)
         self.queue[: len(seen)] = seen
 
-    def forward(self, images, targets, local=None):
+    def forward(self, images, targets):
         said = F.normalize(self.predict(self.student(images).cls).float(), dim=1)
         asked = F.normalize(targets.cls.float(), dim=1)
         queue = self.queue.clone()
@@ -158,17 +197,18 @@ class TrainedTruncated(TrainedMap):
 # ---------------------------------------------------------------------------- rows
 
 # Beside settings of train.py: objective, a class in place of model.Distiller; ema, the decay of a
-# weight average that is judged in place of the last weights; seeds, how many of them.
+# weight average that is judged in place of the last weights; jitter, the strength of the student's;
+# crops, how many local ones; seeds, how many runs.
 ROWS = {
     "base": dict(seeds=3),
     "head frozen": dict(head="frozen"),
     "head linear": dict(head="linear", seeds=3),
-    "head mlp": dict(head="mlp", seeds=3),
+    "head mlp": dict(objective=MLP),
     "targets uncentred": dict(objective=Uncentred),
     "targets not whitened": dict(objective=NotWhitened, seeds=3),
     "targets quarter whitened": dict(objective=QuarterWhitened),
     "targets whitened": dict(objective=Whitened, seeds=3),
-    "loss smooth_l1": dict(loss="smooth_l1"),
+    "loss smooth_l1": dict(objective=SmoothL1),
     "loss mse": dict(loss="mse"),
     "patch weight 0": dict(patch_weight=0.0),
     "patch weight 0.25": dict(patch_weight=0.25),
@@ -192,7 +232,8 @@ ROWS = {
     "batch 256, lr 2e-3": dict(batch_size=256, lr=2e-3),
     "ema 0.999": dict(ema=0.999),
     "ema 0.99": dict(ema=0.99),
-    "local crops 2 of 32 px": dict(local_crops=2, local_size=32),
+    "local crops 2 of 32 px": dict(
+        objective=LocalCrops, crops=2, student_args="depth=4 dynamic_img_size=True"),
     "crop 0.2": dict(crop_scale=0.2),
     "crop 0.7": dict(crop_scale=0.7),
     # students
@@ -264,7 +305,13 @@ class Answers:
         return box, Features(values[:, 0], values[:, 1:])
 
 
-def run(cfg: Config, objective=model.Distiller, ema: float = 0.0) -> dict:
+def inside(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    """Boxes [B, 4] given in shares of other boxes [B, 4] -> boxes in shares of the image."""
+    origin, extent = outer[:, :2], outer[:, 2:]
+    return torch.cat([origin + extent * inner[:, :2], extent * inner[:, 2:]], 1)
+
+
+def run(cfg: Config, objective=model.Distiller, ema=0.0, jitter=0.0, crops=0) -> dict:
     """Train and judge one student; returns its row."""
     dtype = model.pick_dtype(cfg.precision, model.pick_device("cpu"))
     store = data.open_store(cfg, "train", max(cfg.teacher_size, cfg.student_size), cfg.max_samples)
@@ -290,11 +337,16 @@ def run(cfg: Config, objective=model.Distiller, ema: float = 0.0) -> dict:
     progress = tqdm(total=cfg.epochs * per_epoch, disable=None)
     for epoch in range(cfg.epochs):
         for images, index, box, features in batches(epoch):
-            views, local = data.student_views(images, index, box, cfg, epoch)
+            views, local = data.render(images, box, cfg.student_size), []
+            if jitter:
+                views = jittered(views, cfg.seed, epoch, index, jitter)
+            for number in range(crops * epoch, crops * (epoch + 1)):
+                part = inside(box, data.view(cfg.seed + 1, number, index, LOCAL_AREA))
+                local.append(data.render(images, part, LOCAL_SIZE))
             for group in optimiser.param_groups:
                 group["lr"] = train.learning_rate(step, per_epoch, cfg)
             with torch.autocast("cpu", dtype):
-                loss, _ = distiller(views, distiller.targets(features), local)
+                loss, _ = distiller(views, distiller.targets(features), *local)
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(distiller.parameters(), cfg.grad_clip)
@@ -355,7 +407,7 @@ def main(images: str, weights: str, *rows: str) -> None:
         row, _, only = row.partition(" #")
         given = ROWS[row]
         settings = {k: getattr(v, "__name__", v) for k, v in given.items() if k != "seeds"}
-        extras = {k: given[k] for k in ("objective", "ema") if k in given}
+        extras = {k: v for k, v in given.items() if k in ("objective", "ema", "jitter", "crops")}
         for seed in [int(only)] if only else range(given.get("seeds", 1)):
             cfg = config_of(row, images, weights, seed)
             name, count = f"teacher, {cfg.teacher_size} px", cfg.max_samples or 50_000

@@ -7,6 +7,7 @@
     python results/speed/speed.py memory      # 500,000 stored images against 1,000
     python results/speed/speed.py eval        # k-NN, linear probe, feature extraction
     python results/speed/speed.py precision   # bf16 and compile, and their accuracy on the demo
+    python results/speed/speed.py cpu         # huge pages, resizing, reads against a memory map
 
 Both sides of a ratio are timed in turn, in one process or one after the other, and medians are
 printed. No download: weights are seeded random ones, which cost what trained ones cost. The outputs
@@ -17,6 +18,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -81,7 +83,6 @@ def settings(folder: Path, **changes) -> Config:
         student_size=96,
         batch_size=64,
         log_every=4,
-        jitter=0.4,  # as the course project had it; both sides of every ratio
         epochs=2,
     )
     given |= changes
@@ -217,8 +218,6 @@ def naive_run(cfg: Config, images: list) -> list[float]:
         [
             T.RandomResizedCrop(size, (cfg.crop_scale, 1.0), antialias=True),
             T.RandomHorizontalFlip(),
-            T.ColorJitter(cfg.jitter, cfg.jitter, cfg.jitter / 2, cfg.jitter / 4),
-            T.RandomGrayscale(cfg.jitter / 2),
             T.PILToTensor(),
             T.ToDtype(torch.float32, scale=True),
         ]
@@ -506,6 +505,65 @@ def precision(folder: Path) -> None:
         )
 
 
+FORWARDS = """
+import time, timm, torch
+net = timm.create_model({name!r}).eval().to(memory_format=torch.channels_last)
+images = torch.rand(64, 3, 96, 96).to(memory_format=torch.channels_last)
+for _ in range(12):
+    begin = time.perf_counter()
+    with torch.inference_mode(), torch.autocast("cpu", enabled={bf16}):
+        net.forward_features(images)
+    print(time.perf_counter() - begin)
+"""
+
+
+def cpu(folder: Path) -> None:
+    """What three choices for CPUs are worth: each against what it replaced."""
+
+    def forwards(name: str, huge: int) -> float:
+        env = os.environ | dict(THP_MEM_ALLOC_ENABLE=str(huge))
+        code = FORWARDS.format(name=name, bf16=bf16)
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        return statistics.median(map(float, out.stdout.split()[2:]))
+
+    for name in ("resnet18", "tf_efficientnet_lite0"):
+        pairs = [(forwards(name, 0), forwards(name, 1)) for _ in range(REPEATS)]
+        small, huge = map(statistics.median, zip(*pairs, strict=True))
+        print(f"forward of {name}, 64 images of 96 px: {small * 1e3:.0f} ms, on huge pages "
+              f"{huge * 1e3:.0f} ms: {small / huge:.2f} times", flush=True)
+
+    images = torch.randint(0, 256, (256, 3, 112, 112), dtype=torch.uint8)
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(256, 1)
+    products, pixels = in_turn(lambda: data.render(images, box, 96),
+                               lambda: data.render(images, None, 96))
+    print(f"256 whole images of 112 px to 96 px: {products * 1e3:.0f} ms by matrix products, "
+          f"{pixels * 1e3:.0f} ms as uint8: {products / pixels:.1f} times")
+
+    count, shape = 100_000, (3, 96, 96)
+    rows = np.random.default_rng(0).integers(0, count, (20, 64))
+    with open(folder / "images.u8", "wb") as file:
+        for _ in range(count // 1000):
+            file.write(os.urandom(1000 * math.prod(shape)))
+        file.flush()
+        os.fsync(file.fileno())
+
+    def read(opened) -> float:
+        with open(folder / "images.u8", "rb") as file:  # out of memory, onto the disk
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        begin = time.perf_counter()
+        for some in rows:
+            opened()[np.sort(some)].sum()
+        return (time.perf_counter() - begin) / len(rows)
+
+    whole = (count, *shape)
+    pairs = [(read(lambda: np.memmap(folder / "images.u8", np.uint8, "r", shape=whole)),
+              read(lambda: data.RowFile(folder / "images.u8", np.uint8, whole)))
+             for _ in range(REPEATS)]
+    mapped, plain = map(statistics.median, zip(*pairs, strict=True))
+    print(f"a batch of 64 out of {count} images of 96 px, not in memory: {mapped * 1e3:.1f} ms "
+          f"through a memory map, {plain * 1e3:.1f} ms by plain reads")
+
+
 if __name__ == "__main__":
     jobs = dict(
         step=step,
@@ -515,6 +573,7 @@ if __name__ == "__main__":
         memory=memory,
         eval=verdict,
         precision=precision,
+        cpu=cpu,
     )
     if len(sys.argv) != 2 or sys.argv[1] not in jobs:
         sys.exit(__doc__)
