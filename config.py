@@ -104,9 +104,10 @@ class Config:
     max_student_params: int = option(100_000_000, "refuse larger students", low=1)
 
     # loss
-    head: str = option("pca", "pca, frozen: a fixed map takes the teacher to the student's width; "
-                       "linear: a trained map takes the student to the teacher's",
-                       choices=("pca", "frozen", "linear"))
+    head: str = option("auto", "pca, frozen: a fixed map takes the teacher to the student's width; "
+                       "linear: a trained map takes the student to the teacher's; auto = pca for "
+                       "transformers, linear for conv nets",
+                       choices=("auto", "pca", "frozen", "linear"))
     loss: str = option("cosine", "distance to the target", choices=("cosine", "mse"))
     cls_weight: float = option(1.0, "weight of the [CLS] loss", low=0)
     patch_weight: float = option(0.5, "weight of the patch loss", low=0)

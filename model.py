@@ -326,7 +326,8 @@ class Head(nn.Module):
       frozen   basis = random orthonormal axes.
       linear   no basis.
     Student: predict(features) is the identity for pca and frozen, so that what was trained is what
-    is used, and a trained map Ds -> Dt, thrown away afterwards, for linear.
+    is used, and a trained map Ds -> Dt, thrown away afterwards, for linear. Conv nets need that one:
+    most end behind a ReLU, and cannot say targets that are centred (5 points of k-NN).
 
     The mean goes because a teacher's features share a large common part, on which a cosine would
     mostly be spent. The scale is each dimension's standard deviation to the power `whiten`: a few
@@ -386,7 +387,8 @@ class Distiller(nn.Module):
         super().__init__()
         self.student, self.grid, self.teacher_grid = student, student.grid, teacher.grid
         dims = student.embed_dim, teacher.embed_dim
-        self.cls_head, self.patch_head = (Head(cfg.head, *dims) for _ in range(2))
+        kind = ("pca" if student.tokens else "linear") if cfg.head == "auto" else cfg.head
+        self.cls_head, self.patch_head = (Head(kind, *dims) for _ in range(2))
         self.distance = LOSSES[cfg.loss]
         self.cls_weight, self.patch_weight = cfg.cls_weight, cfg.patch_weight
 

@@ -484,6 +484,13 @@ def test_pca_targets_are_half_whitened():
     assert torch.allclose(after, before.sqrt(), rtol=1e-2) and before.max() > 1.4 * before.min()
 
 
+def test_conv_nets_get_a_trained_head_because_their_features_have_no_negative_side():
+    _, vit = demo_distiller()
+    _, conv = demo_distiller(student="resnet18", student_args="")
+    assert vit.cls_head.kind == "pca" and conv.cls_head.kind == conv.patch_head.kind == "linear"
+    assert conv.student.eval()(torch.rand(2, 3, 32, 32)).cls.min() >= 0
+
+
 def test_the_learned_head_sees_standardised_targets():
     features = torch.randn(3000, 64) * torch.linspace(0.1, 9, 64) - 4
     head = model.Head("linear", 24, 64)

@@ -244,6 +244,7 @@ ROWS = {
     "width 192, depth 8": dict(student_args="depth=8"),
     "init jax": dict(student_args="depth=4 weight_init=jax"),
     "resnet10t": dict(student="resnet10t", student_args=""),
+    "resnet10t, head pca": dict(student="resnet10t", student_args="", head="pca"),
     "convnext_atto": dict(student="convnext_atto", student_args=""),
     "mobilenetv3_small_100": dict(student="mobilenetv3_small_100", student_args=""),
     "resnet18": dict(student="resnet18", student_args=""),
