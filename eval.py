@@ -106,7 +106,7 @@ def nearest(queries: Tensor, train: Tensor, half: Tensor | None, k: int) -> tupl
     if half is None or len(train) <= CANDIDATES * k:
         return (queries @ train.T).topk(k)
     rough, found = (queries.bfloat16() @ half.T).topk(CANDIDATES * k, sorted=False)
-    proposed = train.index_select(0, found.flatten()).view(*found.shape, -1)  # faster than train[found]
+    proposed = train.index_select(0, found.flatten()).view(*found.shape, -1)
     cos, order = (proposed @ queries[..., None])[..., 0].topk(k)
     rows, unsure = found.gather(1, order), cos[:, -1] < rough.amin(1) + BF16_ERROR
     cos[unsure], rows[unsure] = (queries[unsure] @ train.T).topk(k)

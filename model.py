@@ -326,7 +326,7 @@ class Head(nn.Module):
       frozen   basis = random orthonormal axes.
       linear   no basis.
     Student: predict(features) is the identity for pca and frozen, so that what was trained is what
-    is used, and a trained map Ds -> Dt, thrown away afterwards, for linear. Conv nets need that one:
+    is used, and a trained map Ds -> Dt, thrown away afterwards, for linear. That is for conv nets:
     most end behind a ReLU, and cannot say targets that are centred (5 points of k-NN).
 
     The mean goes because a teacher's features share a large common part, on which a cosine would
