@@ -43,8 +43,8 @@ PRESETS = {
                  student_args="patch_size=8 embed_dim=64 depth=4 num_heads=4 weight_init=jax",
                  batch_size=64, epochs=14, lr=3e-3, eval_at_end=True),
     # 500,000 images of one's own, 96 px; nothing here was measured at that size. Epochs and batch:
-    # Proteus' 300 x 1.28 M images, cut to what the bank makes cheap; its warm-up. The rest is as
-    # for CIFAR-10: four views (29 GB), the teacher at the size it was trained at, bf16.
+    # Proteus' 300 x 1.28 M images, cut to what the bank makes cheap; its warm-up. The rest are the
+    # defaults: DINOv2 ViT-B/14 at 224 px, asked about four views (29 GB), bf16 where there is.
     "hf": dict(batch_size=512, epochs=100, warmup_epochs=5.0),
 }
 # Settings that may change when a run is continued: they do not alter what is being learned.
@@ -66,7 +66,8 @@ def option(default, help, low=None, high=None, choices=()):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A training run. Plain int, float, str and bool, so that a checkpoint can hold it."""
+    """Distil a frozen teacher into a small student, from unlabelled images."""
+    # Plain int, float, str and bool, so that a checkpoint can hold it.
 
     preset: str = option("", "defaults to start from", choices=("", *PRESETS))
 
@@ -81,8 +82,10 @@ class Config:
     max_samples: int = option(0, "learn from a fixed random subset; 0 = all images", low=0)
     samples_per_epoch: int = option(0, "images per epoch, drawn anew each time; 0 = all", low=0)
     max_bad: float = option(0.01, "largest share of unreadable images to skip", low=0, high=1)
-    cache_dir: str = option("cache", "where decoded images are kept; wants a fast local disk")
-    num_workers: int = option(-1, "processes that decode and load; -1 = one per core", low=-1)
+    cache_dir: str = option("cache", "where decoded images and the teacher's answers are kept; "
+                            "wants a fast local disk")
+    num_workers: int = option(-1, "processes that decode, on a GPU also load; -1 = one per core",
+                              low=-1)
     store_device: str = option("auto", "where decoded images are kept while training: on disk, or "
                                "on the device; auto = on a GPU if they take at most a quarter of "
                                "its free memory", choices=("auto", "disk", "device"))
@@ -104,9 +107,10 @@ class Config:
     max_student_params: int = option(100_000_000, "refuse larger students", low=1)
 
     # loss
-    head: str = option("auto", "pca, frozen: a fixed map takes the teacher to the student's width; "
-                       "linear: a trained map takes the student to the teacher's; auto = pca for "
-                       "transformers, linear for conv nets",
+    head: str = option("auto", "pca, frozen: a fixed map takes the teacher to the student's width, "
+                       "along principal axes or random ones; linear: a trained map takes the "
+                       "student to the teacher's; auto = pca for students that give tokens (ViTs), "
+                       "linear for those that give a map (conv nets, Swin)",
                        choices=("auto", "pca", "frozen", "linear"))
     loss: str = option("cosine", "distance to the target", choices=("cosine", "mse"))
     cls_weight: float = option(1.0, "weight of the [CLS] loss", low=0)

@@ -1,4 +1,4 @@
-"""Pixels: any image collection -> a uint8 store on disk -> batches, views, augmentation.
+"""Pixels: any image collection -> a uint8 store on disk -> batches and views.
 
 Images are decoded once. `open_store` reads CIFAR, a Hub dataset or a local folder through Hugging
 Face `datasets`, decodes in parallel and keeps `uint8 [N, 3, S, S]` in a file; training only reads
@@ -432,14 +432,12 @@ def locked(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         log.warning(f"waiting for another process that makes {path}")
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
@@ -533,10 +531,11 @@ class Bank:
     A folder for each view holds `tokens int8 [N, T, K]`, T the CLS and the patches, their `scale
     float16 [N, T]`, and `done uint8 [N]`, set after its row, so that a torn row is asked again
     (after a killed process; after a power cut delete the bank). It keeps *targets*: features
-    behind the heads' fixed maps, at the student's width and on its grid. That is the smallest form
-    (a ViT-B/14 at 224 px says 257 x 768 numbers, a ViT-S/16 at 96 px needs 37 x 384 of them), and
-    costs that a run with another head, width, grid, seed or crop_scale needs a bank of its own.
-    All processes of one machine share it, and so do runs with more or fewer views.
+    behind the heads' fixed maps, on the student's grid and with a pca or frozen head at its width.
+    That is the smallest form (a ViT-B/14 at 224 px says 257 x 768 numbers, a ViT-S/16 at 96 px
+    needs 37 x 384 of them), and costs that a run with another head, width, grid, seed, precision,
+    teacher_size or crop_scale needs a bank of its own. All processes of one machine share it, and
+    so do runs with more or fewer views.
     """
 
     def __init__(self, path: Path, views: int, images: int, tokens: int, width: int):
@@ -662,16 +661,13 @@ def render(images: Tensor, boxes: Tensor | None, size: int) -> Tensor:
     images: uint8 [B, 3, S, S]. boxes: float [B, 4], None for the whole image. Bicubic with
     anti-aliasing, as PIL's `resize(box=...)`; separable, so two matrix products per image do it.
     """
-    S = images.shape[-1]
     if boxes is None and images.device.type == "cpu":  # four times faster, rounded as PIL does
         images = images.contiguous(memory_format=torch.channels_last)
         whole = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         return whole.contiguous().float() / 255
-    if boxes is None:
-        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    boxes = to_device(boxes, images.device)
-    across = _resize_matrix(boxes[:, 0], boxes[:, 2], size, S)
-    down = _resize_matrix(boxes[:, 1], boxes[:, 3], size, S)
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if boxes is None else boxes
+    x, y, w, h = to_device(boxes, images.device).unbind(1)
+    across, down = (_resize_matrix(*side, size, images.shape[-1]) for side in ((x, w), (y, h)))
     with torch.autocast(images.device.type, enabled=False):
         pixels = images.float() / 255
         return (down[:, None] @ (pixels @ across[:, None].mT)).clamp_(0, 1)

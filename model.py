@@ -56,7 +56,8 @@ class Backbone(nn.Module):
     forward: images float [B, 3, H, W] in [0, 1], normalised here by the model's own constants ->
     Features. The CLS embedding is the CLS token, or the mean of the patches for pool "mean" and for
     models without one (then conv nets: global average and flattened map of the last stage).
-    Attributes: net (the timm model), image_size, embed_dim, grid (rows, columns).
+    Attributes: net (the timm model), image_size, embed_dim, grid (rows, columns), tokens (whether
+    it gives tokens or a map).
     """
 
     def __init__(self, net: nn.Module, image_size: int, shape: dict, pool: str = "cls"):
@@ -107,10 +108,6 @@ def sized(name: str, image_size: int, timm_kwargs: dict) -> dict:
     return timm_kwargs | (dict(img_size=image_size) if resizable else {})
 
 
-def _create(name: str, image_size: int, **timm_kwargs) -> nn.Module:
-    return timm.create_model(name, num_classes=0, **sized(name, image_size, timm_kwargs))
-
-
 @functools.cache
 def describe(name: str, image_size: int, timm_kwargs: tuple = ()) -> dict:
     """embed_dim, grid, parameters, and whether it gives tokens and has batch norm, of a timm model.
@@ -122,18 +119,16 @@ def describe(name: str, image_size: int, timm_kwargs: tuple = ()) -> dict:
     if not timm.is_model(name):  # timm would take "hf-hub:owner/name" or "local-dir:path" too
         raise UserError(f"{name} is not among the models of timm {timm.__version__}")
     with torch.device("meta"):
-        net = _create(name, image_size, **dict(timm_kwargs))
+        net = timm.create_model(name, num_classes=0, **sized(name, image_size, dict(timm_kwargs)))
         patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
         if patch and image_size % patch[0]:
             low = image_size // patch[0] * patch[0]
             raise UserError(f"{image_size} px is not a multiple of {name}'s {patch[0]} px patch; "
                             f"{low or patch[0]} and {low + patch[0]} are")
         x = net.eval().forward_features(torch.zeros(1, 3, image_size, image_size))
-        if x.ndim == 4:
-            grid = x.shape[1:3] if getattr(net, "output_fmt", "") == "NHWC" else x.shape[2:]
-            width = x.shape[-1] if getattr(net, "output_fmt", "") == "NHWC" else x.shape[1]
-        else:
-            grid, width = net.patch_embed.grid_size, x.shape[-1]
+        if x.ndim == 4 and getattr(net, "output_fmt", "") != "NHWC":
+            x = x.movedim(1, -1)
+        grid, width = x.shape[1:3] if x.ndim == 4 else net.patch_embed.grid_size, x.shape[-1]
     count = sum(p.numel() for p in net.parameters())
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
     return dict(embed_dim=width, grid=tuple(grid), parameters=count, tokens=x.ndim == 3,
@@ -182,7 +177,7 @@ def problems(cfg) -> list[str]:
         except UserError as error:
             found.append(f"--{role}_size: {error}")
         except Exception as error:  # timm models fail in many ways on what they do not take
-            found.append(f"--{role} {name}: timm cannot build it at {size} px with {kwargs}: "
+            found.append(f"--{role} {name} cannot be used at {size} px with {kwargs}: "
                          f"{error}")
         else:
             found += _student_problems(cfg, info) if role == "student" else []
@@ -227,7 +222,8 @@ def check_header(path) -> None:
 def build_student(name: str, image_size: int, pool: str = "cls", **timm_kwargs) -> Backbone:
     """A randomly initialised student for image_size; seed torch first to repeat it."""
     shape = describe(name, image_size, tuple(timm_kwargs.items()))
-    return Backbone(_create(name, image_size, **timm_kwargs), image_size, shape, pool)
+    net = timm.create_model(name, num_classes=0, **sized(name, image_size, timm_kwargs))
+    return Backbone(net, image_size, shape, pool)
 
 
 def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
@@ -327,14 +323,16 @@ class Head(nn.Module):
       linear   no basis.
     Student: predict(features) is the identity for pca and frozen, so that what was trained is what
     is used, and a trained map Ds -> Dt, thrown away afterwards, for linear. That is for conv nets:
-    most end behind a ReLU, and cannot say targets that are centred (5 points of k-NN).
+    most end behind a ReLU and cannot say targets that are centred. For ResNet-10t pca costs 5
+    points of k-NN, for a ViT linear costs as much (results/recipe).
 
     The mean goes because a teacher's features share a large common part, on which a cosine would
     mostly be spent. The scale is each dimension's standard deviation to the power `whiten`: a few
     principal axes hold most of the variance, and a cosine hardly looks at the others. By the root
     of it (half whitened, WHITEN) all of them count, and those that are mostly noise not too much:
-    3 points of k-NN on CIFAR-10 (results/recipe). A trained map on this side instead of these
-    constants would let both sides agree on a constant.
+    3 points of k-NN on CIFAR-10 (results/recipe). Random axes hold much the same variance and are
+    left as they are; a trained map meets whole whitened targets. A trained map on this side instead
+    of these constants would let both sides agree on a constant.
     """
 
     def __init__(self, kind: str, student_dim: int, teacher_dim: int):
@@ -374,7 +372,7 @@ class Head(nn.Module):
 
 
 class Distiller(nn.Module):
-    """Student, heads and loss as one module.
+    """Student, heads (for "auto" those that suit the student) and loss as one module.
 
     forward: student_images [B, 3, S, S] and what `targets` returned [B, 1 + N, K] -> (loss, stats
     [6]): the scalar to minimise, and loss, cls loss, patch loss, teacher-student cosine, and the

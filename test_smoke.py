@@ -484,7 +484,7 @@ def test_pca_targets_are_half_whitened():
     assert torch.allclose(after, before.sqrt(), rtol=1e-2) and before.max() > 1.4 * before.min()
 
 
-def test_conv_nets_get_a_trained_head_because_their_features_have_no_negative_side():
+def test_resnets_get_a_trained_head_because_their_features_have_no_negative_side():
     _, vit = demo_distiller()
     _, conv = demo_distiller(student="resnet18", student_args="")
     assert vit.cls_head.kind == "pca" and conv.cls_head.kind == conv.patch_head.kind == "linear"
@@ -593,7 +593,6 @@ def test_the_run_folder_holds_what_it_should(tiny):
         student="resnet18",
         student_args="",
         pool="mean",
-        head="linear",
     )
     train.main(cfg)
     names = {p.name for p in cfg.run_path.iterdir() if "tfevents" not in p.name}  # TensorBoard's

@@ -5,9 +5,10 @@
     python train.py --dataset ../my_images --student resnet18
     torchrun --nproc_per_node=4 train.py --dataset cifar10  # the same losses on four GPUs
 
-Each step: cut one view out of every stored image, show it to the teacher and to the student, and
-pull the student's CLS and patch embeddings towards the teacher's. The same command continues an
-interrupted run, from any step, with the weights it would have had.
+Each step: cut one view out of each image of a batch, show it to the student, show it to the teacher
+or look up what that said of it before, and pull the student's CLS and patch embeddings towards the
+teacher's. The same command continues an interrupted run, from any step, with the weights it would
+have had.
 
 Writes into the run folder: config.json, train.log, metrics.jsonl, views.png, checkpoint_latest.pth,
 checkpoint_epoch_N.pth, and at the end student.safetensors, which plain timm loads.
@@ -65,13 +66,12 @@ def learning_rate(step: int, steps_per_epoch: int, cfg: Config) -> float:
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Decay for matrices and kernels; none for biases, norms, position tables and class tokens."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    tokens = "pos_embed", "cls_token", "reg_token"
-    plain = {name for name, p in named if p.ndim <= 1 or name.endswith(tokens)}
-    return [
-        dict(params=[p for n, p in named if n not in plain], weight_decay=weight_decay),
-        dict(params=[p for n, p in named if n in plain], weight_decay=0.0),
-    ]
+    groups = dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim <= 1 or name.endswith(("pos_embed", "cls_token", "reg_token"))
+            groups[plain]["params"].append(p)
+    return list(groups)
 
 
 def write_atomically(path: Path, write) -> None:
@@ -275,6 +275,7 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
     for who, net in (cfg.teacher, teacher), (cfg.student, student):
         log.info(f"{who}: {net.parameter_count / 1e6:.2f} M parameters, {net.image_size} px, grid "
                  f"{net.grid[0]}x{net.grid[1]}, width {net.embed_dim}")
+    log.info(f"head {distiller.cls_head.kind}: targets are {distiller.cls_head.out_dim} wide")
     workers = min(4, cfg.workers) if device.type == "cuda" else 0
     resident = None  # the stored images, when they are kept on the device
     if cfg.store_device == "device" or (cfg.store_device == "auto" and device.type == "cuda" and
@@ -293,10 +294,8 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
                              workers=workers)
         begin = time.time()
         for images, index, stored in loader:
-            if resident is None:
-                images = data.to_device(images, device)
-            else:
-                images = resident[data.to_device(index, device)]
+            images = data.to_device(index if images is None else images, device)
+            images = images if resident is None else resident[images]
             waited += time.time() - begin
             yield images, index, stored
             begin = time.time()
@@ -349,9 +348,8 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
 
     bank = None
     if 0 < cfg.teacher_views < cfg.epochs:
-        heads = *distiller.cls_head.buffers(), *distiller.patch_head.buffers()
-        key = models.fingerprint(*made_of.values(), *heads, dtype, student.grid, cfg.seed,
-                                 cfg.teacher_size, cfg.crop_scale)
+        key = models.fingerprint(*made_of.values(), *distiller.heads.buffers(), dtype,
+                                 student.grid, cfg.seed, cfg.teacher_size, cfg.crop_scale)
         shape = 1 + math.prod(student.grid), distiller.cls_head.out_dim
         machine = os.environ.get("GROUP_RANK", "0")  # two cannot write into one file over a network
         folder = Path(cfg.cache_dir) / "banks" / (key + f"-{machine}" * (machine != "0"))
@@ -442,7 +440,7 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
                 alike = metrics["spread"] > COLLAPSED and metrics["target_spread"] < DIVERSE
                 if alike and step > total_steps / 5:  # before, it has only just begun
                     log.warning("the student says nearly the same of every image: a collapse. "
-                                "Try a lower --lr, --head pca, or a longer --warmup_epochs")
+                                "Try a lower --lr, or a longer --warmup_epochs")
                 if rank == 0:
                     done = step // steps_per_epoch
                     if end_of_epoch and cfg.eval_every and done % cfg.eval_every == 0:

@@ -110,7 +110,7 @@ def test_neighbours_are_framed_by_their_labels_and_not_at_all_without(bench, tmp
 
 
 def test_figures_of_a_conv_net_with_one_patch_and_without_a_teacher(tiny, tmp_path, capsys):
-    student = dict(student="resnet10t", student_args="", pool="mean", head="linear")
+    student = dict(student="resnet10t", student_args="", pool="mean")
     cfg = tiny(**student, epochs=1)
     train.main(cfg)
     checkpoint, folder = str(cfg.run_path / "checkpoint_latest.pth"), tmp_path / "new" / "figures"

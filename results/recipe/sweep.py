@@ -42,8 +42,8 @@ TEACHER = "tf_efficientnet_lite0"
 BASE = dict(teacher=TEACHER, teacher_size=96, student="vit_tiny_patch16_224", student_size=64,
             student_args="depth=4", batch_size=128, epochs=4, teacher_views=2, num_workers=1)
 JUDGED = 20_000, 10_000  # training and test images of the verdict
-# The naive recipe needs a teacher grid (6 x 6) that is larger than the student's (4 x 4).
 FEW = dict(max_samples=5_000, epochs=40, teacher_views=4)  # where jitter might help the most
+# The naive recipe needs a teacher grid (6 x 6) that is larger than the student's (4 x 4).
 NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20, jitter=0.4)
 
 LOCAL_AREA, LOCAL_SIZE = (0.05, 0.32), 32  # of a local crop: DINOv2's share of the view; pixels

@@ -276,8 +276,6 @@ def naive(folder: Path) -> None:
 
 def store(folder: Path) -> None:
     """Decode JPEGs of 32 px (as CIFAR's) and of 320 x 240 px into stores."""
-    import io
-
     import datasets
     import PIL.Image
 
