@@ -379,19 +379,23 @@ def known_runs() -> list[dict]:
     return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
 
 
+def teacher_row(size: int, images: int) -> str:
+    return f"teacher, {size} px, {images:,} images"
+
+
 def table() -> str:
     """runs.jsonl as Markdown: means over the seeds and, in brackets, lowest and highest k-NN."""
     runs = known_runs()
     lines = ["| row | seeds | k-NN | linear | keeps k-NN | keeps linear | spread | rank | "
              "CPU min |", "|---|---|---|---|---|---|---|---|---|"]
-    for name in [f"teacher, {size} px" for size in (96, 192)] + list(ROWS):
+    teachers = dict.fromkeys(r["row"] for r in runs if r["row"].startswith("teacher"))
+    for name in [*teachers, *ROWS]:
         of = [r for r in runs if r["row"] == name]
         if not of:
             continue
         mean = {k: statistics.mean(r[k] for r in of) for k in of[0] if k not in ("row", "settings")}
         size = of[0]["settings"].get("teacher_size", 96) if "settings" in of[0] else 0
-        ref = next((r for r in runs if r["row"] == f"teacher, {size} px"
-                    and r["images"] == of[0]["images"]), None)
+        ref = next((r for r in runs if r["row"] == teacher_row(size, of[0]["images"])), None)
         range_ = (f" [{min(r['knn20'] for r in of):.1%}, {max(r['knn20'] for r in of):.1%}]"
                   if len(of) > 1 else "")
         keeps = [f"{mean[k] / ref[k]:.1%}" if ref and "settings" in of[0] else "-"
@@ -411,8 +415,9 @@ def main(images: str, weights: str, *rows: str) -> None:
         extras = {k: v for k, v in given.items() if k in ("objective", "ema", "jitter", "crops")}
         for seed in [int(only)] if only else range(given.get("seeds", 1)):
             cfg = config_of(row, images, weights, seed)
-            name, count = f"teacher, {cfg.teacher_size} px", cfg.max_samples or 50_000
-            if not any(r["row"] == name and r["images"] == count for r in known_runs()):
+            count = cfg.max_samples or 50_000
+            name = teacher_row(cfg.teacher_size, count)
+            if not any(r["row"] == name for r in known_runs()):
                 add(dict(row=name, seed=0, images=count, **judge_teacher(cfg)))
             if not any(r["row"] == row and r["seed"] == seed for r in known_runs()):
                 add(dict(row=row, seed=seed, images=count, epochs=cfg.epochs, settings=settings,
