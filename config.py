@@ -23,8 +23,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Whatever a library's own default is, no file of weights that is read here may run code: older
 # versions of timm would unpickle a --teacher_weights.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-# On a CPU large tensors come on huge pages, or each costs thousands of page faults: a conv net's
-# forward was 1.5 times faster. To be set before torch makes its first tensor.
+# On a CPU large tensors come on huge pages, or each costs thousands of page faults. That gains at
+# most a tenth (results/speed/cpu.txt), and more, though not logged, where several processes train
+# side by side. To be set before torch makes its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what a full disk answers
@@ -69,8 +70,8 @@ class Config:
     """Distil a frozen teacher into a small student, from unlabelled images."""
     # Plain int, float, str and bool, so that a checkpoint can hold it. Where the numbers are from:
     # compared on CIFAR-10 (results/recipe, results/views) were head, loss, lr, teacher_views. From
-    # others are lr (AM-RADIO, DINOv2), weight_decay (Proteus), crop_scale (near DINOv2's 0.32). Only
-    # reasoned about: the loss' weights, batch, epochs, warm-up, clipping, teacher and sizes.
+    # others are lr (AM-RADIO, DINOv2), weight_decay (Proteus), crop_scale (near DINOv2's 0.32).
+    # Only reasoned about: the loss' weights, batch, epochs, warm-up, clipping, teacher and sizes.
 
     preset: str = option("", "defaults to start from", choices=("", *PRESETS))
 

@@ -141,7 +141,7 @@ def fit_probe(x: Tensor, y: Tensor, classes: int, C: float, start: Tensor | None
     above tolerance. start: weights to begin from.
     """
     w = torch.zeros(classes, x.shape[1] + 1) if start is None else start
-    for z in (x.float(), x):  # float32 does most of the way, at twice the speed
+    for z in (x.float(), x):  # float32 does most of the way, and faster
         w = w.to(z, copy=True).requires_grad_()
         optimiser = torch.optim.LBFGS(
             [w], max_iter=1000, history_size=10, tolerance_grad=tolerance, tolerance_change=1e-10,

@@ -152,14 +152,16 @@ def step(folder: Path) -> None:
             seconds = in_turn(student) + in_turn(teacher)  # apart: each with warm caches
             floors.append(cfg.batch_size / seconds[0])
             asked.append(cfg.batch_size / sum(seconds))
-            run(dataclasses.replace(cfg, teacher_views=1, epochs=2))
-            warm.append(statistics.median(logged_speeds(cfg, 1)))
+            run(dataclasses.replace(cfg, teacher_views=1, epochs=4))
+            warm.append(statistics.median(sum((logged_speeds(cfg, e) for e in (1, 2, 3)), [])))
             run(dataclasses.replace(cfg, teacher_views=0, epochs=1))
             off.append(statistics.median(logged_speeds(cfg, 0)))
+        shares = [statistics.median(a / b for a, b in zip(*sides, strict=True))
+                  for sides in ((warm, floors), (off, asked))]
         floor, warm, asked, off = map(statistics.median, (floors, warm, asked, off))
         print(
-            f"| {title} | {floor:.0f} | {warm:.0f} | {warm / floor:.1%} | {asked:.0f} | {off:.0f}"
-            f" | {off / asked:.1%} |",
+            f"| {title} | {floor:.0f} | {warm:.0f} | {shares[0]:.1%} | {asked:.0f} | {off:.0f}"
+            f" | {shares[1]:.1%} |",
             flush=True,
         )
 
@@ -309,8 +311,8 @@ def store(folder: Path) -> None:
 
         def build(workers: int, images: int = 0, path=path, size=size):
             shutil.rmtree(folder / "cache", ignore_errors=True)
-            cfg = settings(folder, dataset=str(path), num_workers=workers, max_samples=images)
-            data.open_store(cfg, "train", size)
+            cfg = settings(folder, dataset=str(path), num_workers=workers)
+            data.open_store(cfg, "train", size, images)
 
         jobs = (
             lambda cells=cells, size=size: [data.decode(cell, size) for cell in cells],
