@@ -101,25 +101,23 @@ class Backbone(nn.Module):
         return sum(p.numel() for p in self.net.parameters())
 
 
-def sized(name: str, image_size: int, timm_kwargs: dict) -> dict:
-    """timm's arguments for image_size: transformers are told the size, conv nets take any."""
-    with torch.device("meta"):
-        resizable = hasattr(timm.create_model(name, num_classes=0, **timm_kwargs), "set_input_size")
-    return timm_kwargs | (dict(img_size=image_size) if resizable else {})
-
-
 @functools.cache
 def describe(name: str, image_size: int, timm_kwargs: tuple = ()) -> dict:
-    """embed_dim, grid, parameters, and whether it gives tokens and has batch norm, of a timm model.
+    """embed_dim, grid, parameters, whether it gives tokens and has batch norm, of a timm model.
 
-    Found on the meta device, without memory or weights. Raises what timm raises for arguments the
-    model does not take, and UserError for an unknown name and for a size that is not a multiple of
-    its patch, of which timm would drop the border without a word.
+    And timm's `arguments` for this size: transformers are told it, conv nets take any. Found on the
+    meta device, without memory or weights. Raises what timm raises for arguments the model does not
+    take, and UserError for an unknown name and for a size that is not a multiple of its patch, of
+    which timm would drop the border without a word.
     """
     if not timm.is_model(name):  # timm would take "hf-hub:owner/name" or "local-dir:path" too
         raise UserError(f"{name} is not among the models of timm {timm.__version__}")
+    arguments = dict(timm_kwargs)
     with torch.device("meta"):
-        net = timm.create_model(name, num_classes=0, **sized(name, image_size, dict(timm_kwargs)))
+        net = timm.create_model(name, num_classes=0, **arguments)
+        if hasattr(net, "set_input_size"):
+            arguments["img_size"] = image_size
+            net = timm.create_model(name, num_classes=0, **arguments)
         patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
         if patch and image_size % patch[0]:
             low = image_size // patch[0] * patch[0]
@@ -132,7 +130,7 @@ def describe(name: str, image_size: int, timm_kwargs: tuple = ()) -> dict:
     count = sum(p.numel() for p in net.parameters())
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
     return dict(embed_dim=width, grid=tuple(grid), parameters=count, tokens=x.ndim == 3,
-                batch_norm=batch_norm)
+                batch_norm=batch_norm, arguments=arguments)
 
 
 def _teacher_spec(name: str) -> tuple[str, dict]:
@@ -177,8 +175,7 @@ def problems(cfg) -> list[str]:
         except UserError as error:
             found.append(f"--{role}_size: {error}")
         except Exception as error:  # timm models fail in many ways on what they do not take
-            found.append(f"--{role} {name} cannot be used at {size} px with {kwargs}: "
-                         f"{error}")
+            found.append(f"--{role} {name} cannot be used at {size} px with {kwargs}: {error}")
         else:
             found += _student_problems(cfg, info) if role == "student" else []
     return found
@@ -222,7 +219,7 @@ def check_header(path) -> None:
 def build_student(name: str, image_size: int, pool: str = "cls", **timm_kwargs) -> Backbone:
     """A randomly initialised student for image_size; seed torch first to repeat it."""
     shape = describe(name, image_size, tuple(timm_kwargs.items()))
-    net = timm.create_model(name, num_classes=0, **sized(name, image_size, timm_kwargs))
+    net = timm.create_model(name, num_classes=0, **shape["arguments"])
     return Backbone(net, image_size, shape, pool)
 
 

@@ -66,12 +66,12 @@ def learning_rate(step: int, steps_per_epoch: int, cfg: Config) -> float:
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Decay for matrices and kernels; none for biases, norms, position tables and class tokens."""
-    groups = dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)
+    decayed, plain = dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)
     for name, p in module.named_parameters():
         if p.requires_grad:
-            plain = p.ndim <= 1 or name.endswith(("pos_embed", "cls_token", "reg_token"))
-            groups[plain]["params"].append(p)
-    return list(groups)
+            token = name.endswith(("pos_embed", "cls_token", "reg_token"))
+            (plain if p.ndim <= 1 or token else decayed)["params"].append(p)
+    return [decayed, plain]
 
 
 def write_atomically(path: Path, write) -> None:
@@ -182,7 +182,8 @@ def commit() -> str:
 
 def export(student: models.Backbone, cfg: Config, path: Path) -> None:
     """The student alone, under timm's names; the metadata says how to use it."""
-    args = models.sized(cfg.student, cfg.student_size, models.student_kwargs(cfg.student_args))
+    args = tuple(models.student_kwargs(cfg.student_args).items())
+    args = models.describe(cfg.student, cfg.student_size, args)["arguments"]
     metadata = dict(
         model=cfg.student, args=json.dumps(args, default=str), image_size=cfg.student_size,
         mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist(),
@@ -294,8 +295,10 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
                              workers=workers)
         begin = time.time()
         for images, index, stored in loader:
-            images = data.to_device(index if images is None else images, device)
-            images = images if resident is None else resident[images]
+            if resident is None:
+                images = data.to_device(images, device)
+            else:
+                images = resident[data.to_device(index, device)]
             waited += time.time() - begin
             yield images, index, stored
             begin = time.time()

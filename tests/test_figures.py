@@ -19,31 +19,13 @@ import data
 import eval as evaluation
 import model
 import train
-from config import Config, EvalConfig
-
-TINY = dict(
-    dataset="shapes", teacher="demo", teacher_size=32, student="vit_tiny_patch16_224",
-    student_size=32, student_args="embed_dim=48 depth=1 num_heads=2", batch_size=16,
-    max_samples=48, epochs=2, precision="fp32", device="cpu", num_workers=0,
-)  # fmt: skip
+from config import EvalConfig
 
 
 @pytest.fixture(autouse=True)
 def small_pixels(monkeypatch):
     """The effective rank of raw pixels takes the eigenvalues of a matrix of their number."""
     monkeypatch.setattr(evaluation, "PIXELS", 8)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def tiny(tmp_path, cache):
-    return lambda **changes: Config(
-        **{**TINY, "cache_dir": cache, "run_dir": str(tmp_path / "run"), **changes}
-    )
 
 
 def pixels(path: Path, row: int) -> np.ndarray:
@@ -165,7 +147,7 @@ def test_curves_of_a_continued_run_are_those_of_metrics_jsonl(tiny):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    cfg = tiny(log_every=1, epochs=2)
+    cfg = tiny(log_every=1, epochs=2, max_samples=48)  # three steps an epoch
     train.main(cfg)
     latest = cfg.run_path / "checkpoint_latest.pth"
     state = torch.load(latest, weights_only=True)
