@@ -288,6 +288,15 @@ class RowFile:
             if os.pwritev(self.file.fileno(), [value], row * self.row_bytes) != self.row_bytes:
                 raise OSError(f"{self.file.name}: a row was written in part")  # a full disk
 
+    def on(self, device, what: str) -> Tensor:
+        """All of it as a tensor on a device, copied in parts."""
+        kind = torch.from_numpy(np.empty(0, self.dtype)).dtype
+        out = torch.empty(self.shape, dtype=kind, device=device)
+        parts = torch.arange(len(out)).split(4096)
+        for rows in progress(parts, f"{what} to the device", len(out), 4096):
+            out[rows[0] : rows[-1] + 1] = torch.from_numpy(self[rows])
+        return out
+
 
 class Store:
     """Decoded images in a folder: images `uint8 [N, 3, S, S]` (RowFile), labels `int64 [N]`.

@@ -45,7 +45,7 @@ import model as models
 from config import FREE_ON_RESUME, Config, EvalConfig, UserError, cli, reason, validate
 
 STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
-SAVE_SECONDS = 600  # longest time between two writes of checkpoint_latest.pth
+SAVE_SECONDS = 10, 600  # shortest and longest time between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
 COLLAPSED, DIVERSE = 0.95, 0.8  # warn of a student spread above, with a target spread below
 BETAS = 0.9, 0.999
@@ -277,20 +277,24 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
         log.info(f"{who}: {net.parameter_count / 1e6:.2f} M parameters, {net.image_size} px, grid "
                  f"{net.grid[0]}x{net.grid[1]}, width {net.embed_dim}")
     log.info(f"head {distiller.cls_head.kind}: targets are {distiller.cls_head.out_dim} wide")
-    workers = min(4, cfg.workers) if device.type == "cuda" else 0
-    resident = None  # the stored images, when they are kept on the device
-    if cfg.store_device == "device" or (cfg.store_device == "auto" and device.type == "cuda" and
-                                        store.images.nbytes < torch.cuda.mem_get_info()[0] / 4):
-        resident = torch.empty(store.images.shape, dtype=torch.uint8, device=device)
-        parts = torch.arange(len(store)).split(4096)
-        for rows in data.progress(parts, "images to the device", len(store), 4096):
-            resident[rows[0] : rows[-1] + 1] = torch.from_numpy(store.images[rows])
+
+    def fit_on_device(*files: data.RowFile) -> bool:
+        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0
+        small = sum(file.nbytes for file in files) < free / 4
+        return cfg.store_device == "device" or (cfg.store_device == "auto" and small)
+
+    # The stored images and the bank's answers, when they are kept on the device.
+    resident = store.images.on(device, "images") if fit_on_device(store.images) else None
+    bank = answers = None
     waited = 0.0  # seconds that the loop has waited for data
 
     def batches(epoch, samples, batch_size, *share):
         """Yields images on the device, index [B], and what the bank holds of this epoch's view."""
         nonlocal waited
         order = data.epoch_order(len(store), samples, cfg.seed, epoch)
+        # Whatever is still on disk other processes read, that a GPU need not wait for it.
+        on_disk = resident is None or (bank and not answers)
+        workers = min(4, cfg.workers) if device.type == "cuda" and on_disk else 0
         loader = data.loader(store if resident is None else None, order, batch_size, *share,
                              workers=workers)
         begin = time.time()
@@ -314,6 +318,9 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
         """Targets [B, T, K] of a view: out of the bank, where it has them."""
         if bank is None:
             return distiller.targets(ask_teacher(images, box))
+        if answers:
+            rows = data.to_device(index, device)
+            return data.dequantise(*(part[rows] for part in answers[number]))
         tokens, scale = (data.to_device(part, device) for part in stored[:2])
         missing = (stored[2] == 0).nonzero()[:, 0]
         if len(missing):
@@ -344,12 +351,14 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
         first = data.progress(first, "measuring the teacher", total * size, size)
         distiller.fit_heads(ask_teacher(images, view_of(0, i)) for images, i, _ in first)
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
-        distiller.compile()  # in place, so that state-dict keys stay plain
+        # In place, so that state-dict keys stay plain; as CUDA graphs, as a small student's steps
+        # are mostly the time that Python takes to launch them.
+        graphs = device.type == "cuda" and world == 1
+        distiller.compile(mode="reduce-overhead" if graphs else None)
     module = distiller
     if world > 1:  # static_graph: conv nets may have layers that forward_features does not use
         module = DistributedDataParallel(distiller, static_graph=True)
 
-    bank = None
     if 0 < cfg.teacher_views < cfg.epochs:
         key = models.fingerprint(*made_of.values(), *distiller.heads.buffers(), dtype,
                                  student.grid, cfg.seed, cfg.teacher_size, cfg.crop_scale)
@@ -383,8 +392,11 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
             number = epoch % cfg.teacher_views if bank else epoch  # of the view
             if bank and teacher and bank.complete():
                 teacher = None  # it has said everything
+                if fit_on_device(*bank.tokens):
+                    answers = [(tokens.on(device, "answers"), scale.on(device, "their scale"))
+                               for tokens, scale in zip(bank.tokens, bank.scale, strict=True)]
                 log.info(f"epoch {epoch + 1}: the bank is complete, the teacher is dropped")
-            share = first, rank, world, bank, number
+            share = first, rank, world, None if answers else bank, number
             for images, index, stored in batches(epoch, samples, cfg.batch_size, *share):
                 box = view_of(number, index)
                 targets = targets_of(images, index, box, number, stored)
@@ -402,9 +414,9 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
                     group["lr"] = lr
                 # Dropout and drop path, if any, follow from the step: a resumed run repeats them.
                 torch.manual_seed(cfg.seed * 2**32 + step * world + rank)
+                optimiser.zero_grad(set_to_none=True)
                 with autocast:
                     loss, stats = module(student_view, targets)
-                optimiser.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimiser)
                 limit = cfg.grad_clip or math.inf
@@ -462,9 +474,9 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
                         for name, value in metrics.items():
                             board.add_scalar(name, value, step)
                         board.flush()
-                    if end_of_epoch or stopping or time.time() - last_save > SAVE_SECONDS:
-                        due = cfg.save_every and done % cfg.save_every == 0 or step == total_steps
-                        kept = [run / f"checkpoint_epoch_{done}.pth"] * bool(end_of_epoch and due)
+                    due = cfg.save_every and done % cfg.save_every == 0 or step == total_steps
+                    kept = [run / f"checkpoint_epoch_{done}.pth"] * bool(end_of_epoch and due)
+                    if kept or stopping or time.time() - last_save > SAVE_SECONDS[not end_of_epoch]:
                         save(*kept, latest)  # in this order: killed in between, both come again
                         last_save = time.time()
                 if stopping:

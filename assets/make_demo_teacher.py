@@ -49,10 +49,11 @@ def jitter(images: Tensor, seed: int, epoch: int, index: Tensor, strength: float
     hue = torch.linalg.inv(YIQ) @ rotation @ YIQ
     gray = torch.tensor(LUMA).expand(3, 3)  # takes a colour to its luma, three times
     matrix = brightness * (saturation * torch.eye(3) + (1 - saturation) * gray) @ hue
-    pixels = images.flatten(2)
     # The contrast's mean: luma is untouched by hue and saturation, and scaled by brightness.
-    offset = (1 - contrast) * brightness * gray @ pixels.mean(2, keepdim=True)
-    return torch.baddbmm(offset, contrast * matrix, pixels).clamp_(0, 1).view_as(images)
+    matrix, luma = (m.to(images) for m in (contrast * matrix, (1 - contrast) * brightness * gray))
+    pixels = images.flatten(2)
+    offset = luma @ pixels.mean(2, keepdim=True)
+    return torch.baddbmm(offset, matrix, pixels).clamp_(0, 1).view_as(images)
 
 
 def main() -> None:

@@ -13,13 +13,17 @@ train.py until it lost here (colour jitter, local crops, an MLP head, smooth L1)
 a line to runs.jsonl; runs that are there already are not repeated.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,11 +44,11 @@ from model import Features  # noqa: E402
 RUNS = HERE / "runs.jsonl"
 TEACHER = "tf_efficientnet_lite0"
 BASE = dict(teacher=TEACHER, teacher_size=96, student="vit_tiny_patch16_224", student_size=64,
-            student_args="depth=4", batch_size=128, epochs=4, teacher_views=2, num_workers=1)
+            student_args="depth=4", batch_size=128, epochs=6, teacher_views=2, num_workers=1)
 JUDGED = 20_000, 10_000  # training and test images of the verdict
-FEW = dict(max_samples=5_000, epochs=40, teacher_views=4)  # where jitter might help the most
+FEW = dict(max_samples=5_000, epochs=60, teacher_views=4)  # where jitter might help the most
 # The naive recipe needs a teacher grid (6 x 6) that is larger than the student's (4 x 4).
-NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20, jitter=0.4)
+NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20, teacher_views=2, jitter=0.4)
 
 LOCAL_AREA, LOCAL_SIZE = (0.05, 0.32), 32  # of a local crop: DINOv2's share of the view; pixels
 
@@ -201,6 +205,7 @@ class TrainedTruncated(TrainedMap):
 # crops, how many local ones; seeds, how many runs.
 ROWS = {
     "base": dict(seeds=3),
+    # head, targets, loss
     "head frozen": dict(head="frozen"),
     "head linear": dict(head="linear", seeds=3),
     "head mlp": dict(objective=MLP),
@@ -210,17 +215,27 @@ ROWS = {
     "targets whitened": dict(objective=Whitened, seeds=3),
     "loss smooth_l1": dict(objective=SmoothL1),
     "loss mse": dict(loss="mse"),
-    "patch weight 0": dict(patch_weight=0.0),
+    "patch weight 0": dict(patch_weight=0.0, seeds=3),
     "patch weight 0.25": dict(patch_weight=0.25),
-    "patch weight 1": dict(patch_weight=1.0),
+    "patch weight 1": dict(patch_weight=1.0, seeds=3),
+    "patch weight 2": dict(patch_weight=2.0),
     "cls weight 0, mean of patches": dict(cls_weight=0.0, patch_weight=1.0, pool="mean"),
-    "pool mean": dict(pool="mean"),
+    "pool mean": dict(pool="mean", seeds=3),
+    # views
     "jitter 0.2": dict(jitter=0.2),
     "jitter 0.4": dict(jitter=0.4, seeds=3),
-    "5,000 images, 40 epochs": dict(FEW),
-    "5,000 images, 40 epochs, jitter 0.4": dict(FEW, jitter=0.4),
-    "5,000 images, 40 epochs, V = 1": dict(FEW, teacher_views=1),
-    "5,000 images, 40 epochs, V = 16": dict(FEW, teacher_views=16),
+    "crop 0.2": dict(crop_scale=0.2),
+    "crop 0.7": dict(crop_scale=0.7),
+    "local crops 2 of 32 px": dict(
+        objective=LocalCrops, crops=2, student_args="depth=4 dynamic_img_size=True"),
+    "V = 1": dict(teacher_views=1, seeds=3),
+    "V = 3": dict(teacher_views=3, seeds=3),
+    "V = 6, no view twice": dict(teacher_views=6, seeds=3),
+    "5,000 images, 60 epochs": dict(FEW, seeds=3),
+    "5,000 images, 60 epochs, jitter 0.4": dict(FEW, jitter=0.4, seeds=3),
+    "5,000 images, 60 epochs, V = 1": dict(FEW, teacher_views=1),
+    "5,000 images, 60 epochs, V = 16": dict(FEW, teacher_views=16),
+    # optimisation
     "lr 5e-4": dict(lr=5e-4),
     "lr 2e-3": dict(lr=2e-3, seeds=3),
     "lr 4e-3": dict(lr=4e-3),
@@ -232,29 +247,23 @@ ROWS = {
     "batch 256, lr 2e-3": dict(batch_size=256, lr=2e-3),
     "ema 0.999": dict(ema=0.999),
     "ema 0.99": dict(ema=0.99),
-    "local crops 2 of 32 px": dict(
-        objective=LocalCrops, crops=2, student_args="depth=4 dynamic_img_size=True"),
-    "crop 0.2": dict(crop_scale=0.2),
-    "crop 0.7": dict(crop_scale=0.7),
-    # students
-    "48 px": dict(student_size=48),
+    # students, and the teacher's size
+    "teacher 128 px, grid 4 x 4": dict(teacher_size=128),
+    "48 px, grid 3 x 3": dict(student_size=48),
     "96 px, grid 6 x 6": dict(student_size=96),
     "64 px, patch 8, grid 8 x 8": dict(student_args="depth=4 patch_size=8"),
-    "width 256, depth 4": dict(student_args="depth=4 embed_dim=256 num_heads=4"),
-    "width 192, depth 8": dict(student_args="depth=8"),
+    "ResNet stem, 128 px, grid 4 x 4": dict(student="vit_tiny_r_s16_p8_224", student_size=128),
+    "width 256": dict(student_args="depth=4 embed_dim=256 num_heads=4"),
+    "width 384": dict(student_args="depth=4 embed_dim=384 num_heads=6"),
+    "depth 8": dict(student_args="depth=8"),
     "init jax": dict(student_args="depth=4 weight_init=jax"),
-    "resnet10t": dict(student="resnet10t", student_args=""),
-    "resnet10t, head pca": dict(student="resnet10t", student_args="", head="pca"),
-    "convnext_atto": dict(student="convnext_atto", student_args=""),
-    "mobilenetv3_small_100": dict(student="mobilenetv3_small_100", student_args=""),
-    "resnet18": dict(student="resnet18", student_args=""),
-    # with the jitter of 0.4 that was the default when the screening began
-    "jitter 0.4, head linear": dict(jitter=0.4, head="linear"),
-    "jitter 0.4, not whitened": dict(jitter=0.4, objective=NotWhitened),
-    "jitter 0.4, whitened": dict(jitter=0.4, objective=Whitened),
-    "jitter 0.4, lr 2e-3": dict(jitter=0.4, lr=2e-3),
-    "jitter 0.4, patch MSE only": dict(jitter=0.4, objective=PatchMSE, pool="mean"),
-    "jitter 0.4, KL over a queue, CLS only": dict(jitter=0.4, objective=QueueKL),
+} | {
+    f"{name}{', head pca' * (head == 'pca')}": dict(
+        student=name, student_args="", head=head, seeds=3 if name == "resnet10t" else 1)
+    for name in ("resnet10t", "resnet18", "mobilenetv3_small_100", "convnext_atto",
+                 "swin_tiny_patch4_window7_224")
+    for head in ("linear", "pca")
+} | {
     # what others do
     "normalised MSE, frozen random map": dict(loss="mse", head="frozen", seeds=3),
     "patch MSE only": dict(objective=PatchMSE, pool="mean", seeds=3),
@@ -281,29 +290,46 @@ def config_of(row: str, images: str, weights: str, seed: int = 0) -> Config:
 
 
 class Answers:
-    """What the teacher says, as it says it: asked once for each view of each image."""
+    """Images on the device, and what the teacher says of each view of each, as it says it.
 
-    def __init__(self, teacher, store: data.Store, cfg: Config, dtype):
-        key = model.fingerprint(teacher, store.path.name, cfg.teacher_size, cfg.crop_scale)
-        tokens = 1 + teacher.grid[0] * teacher.grid[1]
+    Asked once, kept on disk, the same for every seed.
+    """
+
+    def __init__(self, cfg: Config, device):
+        dtype = model.pick_dtype(cfg.precision, device)
+        self.store = data.open_store(cfg, "train", cfg.teacher_size, cfg.max_samples)
+        self.images, self.crop_scale = self.store.images.on(device, "images"), cfg.crop_scale
+        teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights).to(device)
+        key = model.fingerprint(teacher, self.store.path.name, cfg.teacher_size, cfg.crop_scale)
         path = Path(cfg.cache_dir) / "answers" / key
-        self.bank = data.Bank(path, cfg.teacher_views, len(store), tokens, teacher.embed_dim)
-        self.teacher, self.cfg, self.dtype = teacher, cfg, dtype
+        shape = len(self.store), 1 + teacher.grid[0] * teacher.grid[1], teacher.embed_dim
+        bank = data.Bank(path, cfg.teacher_views, *shape)
+        with data.locked(path.with_suffix(".filling")), torch.inference_mode():
+            for number, done in enumerate(bank.done):
+                rest = torch.from_numpy(np.flatnonzero(done == 0)).split(256)
+                for index in data.progress(rest, f"asking about view {number}", len(rest)):
+                    views = data.render(self.images[index], self.box(number, index),
+                                        cfg.teacher_size)
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        said = teacher(views)
+                    values = torch.cat([said.cls[:, None], said.patches], 1).float()
+                    bank.write(number, index, *data.quantise(values))
+                bank.flush()
+        self.views = [(tokens.on(device, "answers"), scale.on(device, "scale"))
+                      for tokens, scale in zip(bank.tokens, bank.scale, strict=True)]
+        self.teacher = teacher
 
-    def __call__(self, images, index, number: int, stored) -> tuple[torch.Tensor, Features]:
-        """Boxes of view `number`, the same for every seed, and the Features of it."""
-        box = data.view(0, number, index, (self.cfg.crop_scale, 1.0))
-        tokens, scale, done = stored
-        missing = (done == 0).nonzero()[:, 0]
-        if len(missing):
-            with torch.inference_mode(), torch.autocast("cpu", self.dtype):
-                views = data.render(images[missing], box[missing], self.cfg.teacher_size)
-                said = self.teacher(views)
-            fresh = data.quantise(torch.cat([said.cls[:, None], said.patches], 1).float())
-            self.bank.write(number, index[missing], *fresh)
-            tokens[missing], scale[missing] = fresh
-        values = data.dequantise(tokens, scale)
-        return box, Features(values[:, 0], values[:, 1:])
+    def box(self, number: int, index) -> torch.Tensor:
+        return data.view(0, number, index, (self.crop_scale, 1.0))
+
+    def said(self, number: int, index) -> Features:
+        values = data.dequantise(*(part[index] for part in self.views[number]))
+        return Features(values[:, 0], values[:, 1:])
+
+
+@functools.lru_cache(1)
+def answers_of(about: tuple, device) -> Answers:
+    return Answers(Config(**dict(about)), device)
 
 
 def inside(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
@@ -314,40 +340,41 @@ def inside(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
 
 def run(cfg: Config, objective=model.Distiller, ema=0.0, jitter=0.0, crops=0) -> dict:
     """Train and judge one student; returns its row."""
-    dtype = model.pick_dtype(cfg.precision, model.pick_device("cpu"))
-    store = data.open_store(cfg, "train", max(cfg.teacher_size, cfg.student_size), cfg.max_samples)
-    teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
-    answers = Answers(teacher, store, cfg, dtype)
-    student = evaluation.student_of(cfg).train()
-    distiller = objective(student, teacher, cfg)
+    device = model.pick_device(cfg.device)
+    dtype = model.pick_dtype(cfg.precision, device)
+    about = "dataset max_samples cache_dir crop_scale teacher teacher_weights teacher_size " \
+            "teacher_views".split()
+    answers = answers_of(tuple((name, getattr(cfg, name)) for name in about), device)
+    store, student = answers.store, evaluation.student_of(cfg).train()
+    distiller = objective(student, answers.teacher, cfg).to(device)
 
     def batches(epoch: int, samples: int = 0):
         order = data.epoch_order(len(store), samples, cfg.seed, epoch)
-        number = epoch % cfg.teacher_views
-        for images, index, stored in data.loader(
-                store, order, cfg.batch_size, bank=answers.bank, view=number):
-            yield images, index, *answers(images, index, number, stored)
+        for _, index, _ in data.loader(None, order, cfg.batch_size):
+            yield index
 
-    distiller.fit_heads([features for *_, features in batches(0, train.STAT_IMAGES)])
+    distiller.fit_heads([answers.said(0, index) for index in batches(0, train.STAT_IMAGES)])
     groups = train.parameter_groups(distiller, cfg.weight_decay)
     optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=train.BETAS, fused=True)
     average = torch.optim.swa_utils.AveragedModel(
         student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema)) if ema else None
-    per_epoch, step, total = -(-len(store) // cfg.batch_size), 0, torch.zeros(())
-    begin = time.process_time()
+    per_epoch, step, total = -(-len(store) // cfg.batch_size), 0, torch.zeros((), device=device)
+    begin = time.perf_counter()
     progress = tqdm(total=cfg.epochs * per_epoch, disable=None)
     for epoch in range(cfg.epochs):
-        for images, index, box, features in batches(epoch):
+        number = epoch % cfg.teacher_views
+        for index in batches(epoch):
+            images, box = answers.images[index], answers.box(number, index)
             views, local = data.render(images, box, cfg.student_size), []
             if jitter:
                 views = jittered(views, cfg.seed, epoch, index, jitter)
-            for number in range(crops * epoch, crops * (epoch + 1)):
-                part = inside(box, data.view(cfg.seed + 1, number, index, LOCAL_AREA))
+            for crop in range(crops * epoch, crops * (epoch + 1)):
+                part = inside(box, data.view(cfg.seed + 1, crop, index, LOCAL_AREA))
                 local.append(data.render(images, part, LOCAL_SIZE))
             for group in optimiser.param_groups:
                 group["lr"] = train.learning_rate(step, per_epoch, cfg)
-            with torch.autocast("cpu", dtype):
-                loss, _ = distiller(views, distiller.targets(features), *local)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss, _ = distiller(views, distiller.targets(answers.said(number, index)), *local)
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(distiller.parameters(), cfg.grad_clip)
@@ -357,17 +384,18 @@ def run(cfg: Config, objective=model.Distiller, ema=0.0, jitter=0.0, crops=0) ->
             step += 1
             total += loss.detach() * (epoch + 1 == cfg.epochs)
             progress.update()
-    seconds = time.process_time() - begin
+    loss = float(total / per_epoch)
+    seconds = time.perf_counter() - begin
     bench = evaluation.Bench(cfg, *JUDGED)
     judged = average.module.eval() if average else student
     row = bench.judge(*bench.features(judged))
-    return row | dict(parameters=student.parameter_count, cpu_seconds=round(seconds),
-                      loss=float(total / per_epoch))
+    return row | dict(parameters=student.parameter_count, seconds=round(seconds),
+                      loss=loss)
 
 
 def judge_teacher(cfg: Config) -> dict:
-    model.pick_device("cpu")
-    teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
+    device = model.pick_device(cfg.device)
+    teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights).to(device)
     bench = evaluation.Bench(cfg, *JUDGED)
     return bench.judge(*bench.features(teacher)) | dict(parameters=teacher.parameter_count)
 
@@ -387,7 +415,7 @@ def table() -> str:
     """runs.jsonl as Markdown: means over the seeds and, in brackets, lowest and highest k-NN."""
     runs = known_runs()
     lines = ["| row | seeds | k-NN | linear | keeps k-NN | keeps linear | spread | rank | "
-             "CPU min |", "|---|---|---|---|---|---|---|---|---|"]
+             "seconds |", "|---|---|---|---|---|---|---|---|---|"]
     teachers = dict.fromkeys(r["row"] for r in runs if r["row"].startswith("teacher"))
     for name in [*teachers, *ROWS]:
         of = [r for r in runs if r["row"] == name]
@@ -400,28 +428,41 @@ def table() -> str:
                   if len(of) > 1 else "")
         keeps = [f"{mean[k] / ref[k]:.1%}" if ref and "settings" in of[0] else "-"
                  for k in ("knn20", "linear")]
-        minutes = f"{mean['cpu_seconds'] / 60:.1f}" if "cpu_seconds" in mean else "-"
+        seconds = f"{mean['seconds']:.0f}" if "seconds" in mean else "-"
         lines.append(
             f"| {name} | {len(of)} | {mean['knn20']:.1%}{range_} | {mean['linear']:.1%} | "
-            f"{' | '.join(keeps)} | {mean['spread']:.2f} | {mean['rank']:.0f} | {minutes} |")
+            f"{' | '.join(keeps)} | {mean['spread']:.2f} | {mean['rank']:.0f} | {seconds} |")
     return "\n".join(lines)
 
 
-def main(images: str, weights: str, *rows: str) -> None:
+def judge_row(row: str, seed: int, images: str, weights: str) -> dict:
+    cfg, given = config_of(row, images, weights, seed), ROWS[row]
+    extras = {k: v for k, v in given.items() if k in ("objective", "ema", "jitter", "crops")}
+    settings = {k: getattr(v, "__name__", v) for k, v in given.items() if k != "seeds"}
+    return dict(row=row, seed=seed, images=cfg.max_samples or 50_000, epochs=cfg.epochs,
+                settings=settings, **run(cfg, **extras))
+
+
+def main(images: str, weights: str, *rows: str, jobs: int = 1) -> None:
+    wanted = []
     for row in rows or ROWS:
         row, _, only = row.partition(" #")
-        given = ROWS[row]
-        settings = {k: getattr(v, "__name__", v) for k, v in given.items() if k != "seeds"}
-        extras = {k: v for k, v in given.items() if k in ("objective", "ema", "jitter", "crops")}
-        for seed in [int(only)] if only else range(given.get("seeds", 1)):
-            cfg = config_of(row, images, weights, seed)
-            count = cfg.max_samples or 50_000
-            name = teacher_row(cfg.teacher_size, count)
-            if not any(r["row"] == name for r in known_runs()):
-                add(dict(row=name, seed=0, images=count, **judge_teacher(cfg)))
-            if not any(r["row"] == row and r["seed"] == seed for r in known_runs()):
-                add(dict(row=row, seed=seed, images=count, epochs=cfg.epochs, settings=settings,
-                         **run(cfg, **extras)))
+        seeds = [int(only)] if only else range(ROWS[row].get("seeds", 1))
+        wanted += [(row, seed) for seed in seeds]
+    known = {(r["row"], r["seed"]) for r in known_runs()}
+    for row, _ in wanted:
+        cfg = config_of(row, images, weights)
+        count = cfg.max_samples or 50_000
+        name = teacher_row(cfg.teacher_size, count)
+        if (name, 0) not in known:
+            known.add((name, 0))
+            add(dict(row=name, seed=0, images=count, **judge_teacher(cfg)))
+    wanted = sorted((w for w in wanted if w not in known), key=lambda w: w[1])
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        done = [pool.submit(judge_row, *w, images, weights) for w in wanted]
+        for each in concurrent.futures.as_completed(done):
+            add(each.result())
 
 
 def add(row: dict) -> None:
@@ -434,4 +475,5 @@ if __name__ == "__main__":
     if "--table" in sys.argv:
         print(table())
     else:
-        main(*sys.argv[1:])
+        jobs = [int(a.partition("=")[2]) for a in sys.argv if a.startswith("--jobs=")]
+        main(*(a for a in sys.argv[1:] if not a.startswith("--jobs=")), jobs=(jobs or [1])[0])
