@@ -41,6 +41,7 @@ log = logging.getLogger("distill")
 DECODING = 2  # to be raised when `decode` changes: stores made before are then made again
 MAX_PIXELS = 100_000_000  # of one encoded image
 PLAIN_SECONDS = 30  # between two lines of progress where there is no terminal
+WORKER_SECONDS = 20  # that a process which loads lives on after SIGTERM
 ORDER, VIEW = range(2)  # streams of random numbers
 
 
@@ -360,9 +361,13 @@ def _same(batch):
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; only the first decides what to do about it."""
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C, `timeout` and SLURM reach every process; only the first decides what to do about it.
+
+    It has a while for that, and ends this one; SIGTERM may also be its way of doing so.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_SECONDS))
 
 
 def open_store(cfg, split: str, size_limit: int, max_samples: int = 0) -> Store:
@@ -414,7 +419,7 @@ def _build_store(cfg, split: str, size_limit: int, max_samples: int, path: Path)
                         "smaller, or choose another --cache_dir")
     decoder = _Decoder(source, image, label, numbers, size, folders)
     batches = DataLoader(decoder, 256, sampler=rows.tolist(), num_workers=cfg.workers,
-                         collate_fn=_same, worker_init_fn=_ignore_interrupt)
+                         collate_fn=_same, worker_init_fn=_outlive_signals)
     name, labels, kept, bad = f"{cfg.dataset} {split}", [], [], []
     batches = progress(batches, f"decoding {name}", len(rows), 256)
     with new_folder(path) as folder, open(folder / "images.u8", "wb") as file:
@@ -522,7 +527,7 @@ def loader(store: Store | None, order: np.ndarray, batch_size: int, first: int =
     full = full.reshape(-1, world, batch_size // world)
     return DataLoader(_Rows(store, bank, view), batch_sampler=list(full[first:, rank]),
                       num_workers=workers, collate_fn=_same, pin_memory=workers > 0,
-                      worker_init_fn=_ignore_interrupt)
+                      worker_init_fn=_outlive_signals)
 
 
 def to_device(tensor: Tensor, device) -> Tensor:

@@ -785,11 +785,13 @@ def test_a_run_whose_epochs_are_samples_fills_the_bank_as_it_goes(tiny, tmp_path
     assert 40 < done.sum() <= 80 and sum(calls) == 64 + done.sum(), "no image is asked about twice"
 
 
-def test_images_kept_on_the_device_train_the_same(tiny, tmp_path):
+def test_images_and_answers_kept_on_the_device_train_the_same(tiny, tmp_path, monkeypatch):
     disk, device = (
-        tiny(store_device=kind, run_dir=str(tmp_path / kind)) for kind in ("disk", "device")
+        tiny(store_device=kind, teacher_views=1, epochs=3, run_dir=str(tmp_path / kind))
+        for kind in ("disk", "device")
     )
     train.main(disk)
+    monkeypatch.setattr(data.Bank, "read", None)  # the same bank, and it is complete
     train.main(device)
     assert same(weights(disk), weights(device))
 

@@ -119,17 +119,20 @@ def forget_after(step: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def stop_signals(alone: bool):
-    """Collect SIGINT and SIGTERM instead of dying of them; alone, a second one stops at once.
+    """Collect SIGINT and SIGTERM instead of dying of them; alone, a later one stops at once.
 
-    Under torchrun a second one means nothing: it hands on what SLURM has sent to everyone, and it
-    ends everyone as soon as the first of them has ended.
+    "Later" is by a second: `timeout` sends each signal twice. Under torchrun a later one means
+    nothing: it hands on what SLURM has sent to everyone, and it ends everyone as soon as the first
+    of them has ended.
     """
-    received = []
+    received, times = [], []
 
     def on_signal(number, frame):
         received.append(number)
-        for each in previous if alone else ():
-            signal.signal(each, signal.SIG_DFL)
+        times.append(time.monotonic())
+        if alone and times[-1] - times[0] > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     previous = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -155,12 +155,31 @@ def test_a_signal_saves_says_how_to_go_on_and_sets_the_status(tmp_path, undistur
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_processes_that_load_outlive_a_signal_to_the_whole_group(number):
+    program = (
+        "import os, numpy, data\nfrom signal import SIGINT, SIGTERM, signal\n"
+        "for each in (SIGINT, SIGTERM): signal(each, lambda *_: None)\n"
+        "for step, (_, rows, _) in enumerate(data.loader(None, numpy.arange(60), 2, workers=2)):\n"
+        f"    if step == 3: os.killpg(0, {int(number)})\n"
+        "print('rows', rows.tolist())\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, start_new_session=True,
+                          timeout=60)
+    assert done.stdout == "rows [58, 59]\n", done.stderr[-1000:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_stops_at_once_when_there_is_one_process(number):
     for alone in (True, False):
         if not (child := os.fork()):
             with train.stop_signals(alone) as received:
                 os.kill(os.getpid(), number)
-                os._exit(100) if received != [number] else os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)  # twice, as `timeout` does
+                if received != [number] * 2:
+                    os._exit(100)
+                time.sleep(1.1)
+                os.kill(os.getpid(), number)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status == (-number if alone else 0)
