@@ -90,9 +90,10 @@ class Config:
                             "wants a fast local disk")
     num_workers: int = option(-1, "processes that decode, on a GPU also load; -1 = one per core",
                               low=-1)
-    store_device: str = option("auto", "where decoded images are kept while training: on disk, or "
-                               "on the device; auto = on a GPU if they take at most a quarter of "
-                               "its free memory", choices=("auto", "disk", "device"))
+    store_device: str = option("auto", "where images and the teacher's stored answers are kept "
+                               "while training: on disk, or on the device; auto = on a GPU, if "
+                               "the images take at most a quarter of its free memory, and later "
+                               "the answers half", choices=("auto", "disk", "device"))
     crop_scale: float = option(0.4, "smallest area of a view, of the image's", low=0.01, high=1)
 
     # teacher

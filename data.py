@@ -200,9 +200,10 @@ class Shapes:
     def __len__(self):
         return self.count
 
-    def __getitems__(self, rows: list[int]) -> list[dict]:
-        drawn = (draw_shape(self.seed, row) for row in rows)
-        return [dict(image=PIL.Image.fromarray(pixels), label=label) for pixels, label in drawn]
+    def __getitem__(self, rows: slice | list[int]) -> dict[str, list]:
+        rows = range(*rows.indices(self.count)) if isinstance(rows, slice) else rows
+        pixels, labels = zip(*(draw_shape(self.seed, row) for row in rows), strict=True)
+        return dict(image=[PIL.Image.fromarray(each) for each in pixels], label=list(labels))
 
 
 # ---------------------------------------------------------------------------- decoding
@@ -340,19 +341,22 @@ class _Decoder(Dataset):
 
     def __getitems__(self, rows: list[int]):
         images, labels, kept, bad = [], [], [], []
-        for row, item in zip(rows, self.source.__getitems__(rows), strict=True):
+        # `datasets` reads a slice twenty times faster than a list of rows.
+        in_one = rows[-1] - rows[0] == len(rows) - 1
+        columns = self.source[rows[0] : rows[-1] + 1] if in_one else self.source[rows]
+        given = columns.get(self.label, [None] * len(rows))
+        for row, cell, label in zip(rows, columns[self.image], given, strict=True):
             try:
-                images.append(torch.from_numpy(decode(item[self.image], self.size, self.folders)))
+                images.append(torch.from_numpy(decode(cell, self.size, self.folders)))
                 kept.append(row)
             except Exception as error:  # PIL raises nearly anything on hostile bytes
-                file = (item[self.image] or {}).get("path") or ""
+                file = (cell or {}).get("path") or ""
                 why = f"{type(error).__name__}: {error}".split(" <_io.")[0]  # bytes have no name
                 bad.append((row, file, why[:200]))
                 continue
             try:
-                label = item[self.label]
                 labels.append(int(self.numbers.get(label, label)))
-            except (KeyError, TypeError, ValueError, OverflowError):  # none, NULL, NaN
+            except (TypeError, ValueError, OverflowError):  # none, NULL, NaN
                 labels.append(-1)
         return torch.stack(images) if images else None, labels, kept, bad
 
@@ -479,9 +483,9 @@ def subset(rows: np.ndarray, count: int) -> np.ndarray:
 
 def _native_size(source, image: str, rows, limit: int, folders) -> int:
     sides = []
-    for item in source.__getitems__(rows[:64].tolist()):
+    for cell in source[rows[:64].tolist()][image]:
         try:
-            sides.append(min(decode(item[image], 0, folders).shape[1:]))
+            sides.append(min(decode(cell, 0, folders).shape[1:]))
         except Exception:  # counted and reported by the build
             continue
     return min(int(np.median(sides)), limit) if sides else limit

@@ -281,13 +281,13 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
                  f"{net.grid[0]}x{net.grid[1]}, width {net.embed_dim}")
     log.info(f"head {distiller.cls_head.kind}: targets are {distiller.cls_head.out_dim} wide")
 
-    def fit_on_device(*files: data.RowFile) -> bool:
+    def belong_on_device(share: float, *files: data.RowFile) -> bool:
         free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0
-        small = sum(file.nbytes for file in files) < free / 4
-        return cfg.store_device == "device" or (cfg.store_device == "auto" and small)
+        fit = sum(file.nbytes for file in files) < share * free
+        return cfg.store_device == "device" or (cfg.store_device == "auto" and fit)
 
-    # The stored images and the bank's answers, when they are kept on the device.
-    resident = store.images.on(device, "images") if fit_on_device(store.images) else None
+    # The stored images, and later the bank's answers, when they are kept on the device.
+    resident = store.images.on(device, "images") if belong_on_device(1 / 4, store.images) else None
     bank = answers = None
     waited = 0.0  # seconds that the loop has waited for data
 
@@ -395,7 +395,7 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
             number = epoch % cfg.teacher_views if bank else epoch  # of the view
             if bank and teacher and bank.complete():
                 teacher = None  # it has said everything
-                if fit_on_device(*bank.tokens):
+                if belong_on_device(1 / 2, *bank.tokens):
                     answers = [(tokens.on(device, "answers"), scale.on(device, "their scale"))
                                for tokens, scale in zip(bank.tokens, bank.scale, strict=True)]
                 log.info(f"epoch {epoch + 1}: the bank is complete, the teacher is dropped")

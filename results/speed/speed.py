@@ -8,6 +8,7 @@
     python results/speed/speed.py eval        # k-NN, linear probe, feature extraction
     python results/speed/speed.py precision   # bf16 and compile, and their accuracy on the demo
     python results/speed/speed.py cpu         # huge pages, resizing, reads against a memory map
+    python results/speed/speed.py gpu         # eager, compiled, CUDA graphs, and a run's speed
 
 Both sides of a ratio are timed in turn, in one process or one after the other, and medians are
 printed. No download: weights are seeded random ones, which cost what trained ones cost. The outputs
@@ -106,26 +107,30 @@ def logged_speeds(cfg: Config, epoch: int) -> list[float]:
 # ---------------------------------------------------------------------------- a step
 
 
-def floor_step(cfg: Config, dtype, compiled: bool = False):
-    """Forward, loss, backward and fused AdamW on a ready random batch: nothing but the student."""
+def floor_step(cfg: Config, dtype, mode: str = "eager"):
+    """Forward, loss, backward and fused AdamW on a ready random batch: nothing but the student.
+
+    mode: "eager", or one of torch.compile's.
+    """
     device = model.pick_device(cfg.device)
     teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
     distiller = model.Distiller(evaluation.student_of(cfg).train(), teacher, cfg).to(device)
-    if compiled:
-        distiller.compile()
+    if mode != "eager":
+        distiller.compile(mode=mode)
     optimiser = torch.optim.AdamW(distiller.parameters(), fused=True)
     images = torch.rand(cfg.batch_size, 3, cfg.student_size, cfg.student_size, device=device)
     tokens = 1 + distiller.grid[0] * distiller.grid[1]
     targets = torch.randn(cfg.batch_size, tokens, distiller.cls_head.out_dim, device=device)
 
     def step():
+        optimiser.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, _ = distiller(images, targets)
-        optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
 
     pixels = torch.rand(cfg.batch_size, 3, cfg.teacher_size, cfg.teacher_size, device=device)
+    teacher.to(device)
 
     @torch.inference_mode()
     def ask():
@@ -481,7 +486,7 @@ def precision(folder: Path) -> None:
         cfg = settings(folder, student=student, student_args=args)
         for dtype in (torch.float32, torch.bfloat16):
             for compiled in (False, True):
-                step, _ = floor_step(cfg, dtype, compiled)
+                step, _ = floor_step(cfg, dtype, "default" if compiled else "eager")
                 begin = time.perf_counter()
                 step()
                 first = time.perf_counter() - begin
@@ -564,8 +569,51 @@ def cpu(folder: Path) -> None:
           f"through a memory map, {plain * 1e3:.1f} ms by plain reads")
 
 
+def gpu(folder: Path) -> None:
+    """DINOv2 ViT-B/14 at 224 px -> ViT-S/16 at 96 px, batch 256: a ready batch, then whole runs."""
+    cfg = settings(
+        folder,
+        teacher="dinov2_vitb14",
+        teacher_size=224,
+        teacher_weights=seeded_weights("vit_base_patch14_dinov2", folder),
+        student="vit_small_patch16_224",
+        batch_size=256,
+        max_samples=7_680,
+        epochs=4,
+        teacher_views=1,
+        log_every=5,
+    )
+    device = model.pick_device(cfg.device)
+    dtype = model.pick_dtype(cfg.precision, device)
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'no GPU'}, "
+          f"{str(dtype)[6:]}\n")
+
+    def timed(job, times: int = 20) -> float:
+        """Images per second of a job that only fills the GPU's queue."""
+        def several():
+            for _ in range(times):
+                job()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return times * cfg.batch_size / in_turn(several)[0]
+
+    for mode in ("eager", "default", "reduce-overhead"):
+        step, ask = floor_step(cfg, dtype, mode)
+        print(f"a ready batch, {mode}: {timed(step):.0f} images/s", flush=True)
+    print(f"the teacher alone: {timed(ask):.0f} images/s", flush=True)
+    run(cfg)
+    fill, warm = (statistics.median(sum((logged_speeds(cfg, e) for e in epochs), []))
+                  for epochs in ([0], [1, 2, 3]))
+    run(dataclasses.replace(cfg, teacher_views=0, epochs=2))
+    off = statistics.median(logged_speeds(cfg, 1))
+    print(f"train.py: {fill:.0f} images/s filling the bank, {warm:.0f} reading it, {off:.0f} "
+          f"without\n100 epochs, V = 4: {100 / off / (4 / fill + 96 / warm):.1f} times faster")
+
+
 if __name__ == "__main__":
     jobs = dict(
+        gpu=gpu,
         step=step,
         bank=bank,
         naive=naive,
