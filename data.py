@@ -97,8 +97,9 @@ def open_source(name: str, split: str, image_column: str, label_column: str):
             found = datasets.load_dataset(name)
     except Exception as error:  # the libraries below raise what they like
         if Path(name).is_dir():
-            empty = " It is empty: remove its files." * ("corresponds to no data" in str(error))
-            raise UserError(f"cannot read the dataset in {name}: {error}{empty}") from error
+            empty = isinstance(error, IndexError) or "corresponds to no data" in str(error)
+            hint = " (it, or a split of it, is empty: remove its files)" * empty
+            raise UserError(f"cannot read the dataset in {name}: {error}{hint}") from error
         what = f"the dataset {hub_name}" + " (no such folder here)" * (name not in DATASETS)
         raise hub_error(what, "--dataset DIR with a copy", error) from error
     found = {"train": found} if isinstance(found, datasets.Dataset) else found

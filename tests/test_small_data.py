@@ -1,5 +1,6 @@
 """Data sets of few images and odd labels: each is learned from and judged, or refused in a line."""
 
+import dataclasses
 import io
 
 import datasets
@@ -128,6 +129,10 @@ def test_an_empty_test_split_is_named_before_anything_is_written(tmp_path):
     cfg = config(tmp_path, [0, 1] * 6)
     rows = datasets.Dataset.from_parquet(f"{cfg.dataset}/train.parquet")
     rows.select([]).to_parquet(f"{cfg.dataset}/test.parquet")
-    with pytest.raises(UserError, match='"test" corresponds to no data! It is empty: remove its'):
+    with pytest.raises(UserError, match='"test" corresponds to no data! .it, or a split of it, is'):
         train.main(cfg)
+    empty = datasets.DatasetDict(train=rows, test=rows.select([]))
+    empty.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match="a split of it, is empty: remove its files"):
+        train.main(dataclasses.replace(cfg, dataset=str(tmp_path / "saved")))
     assert not cfg.run_path.exists()

@@ -2,11 +2,12 @@
 
     python results/recipe/sweep.py IMAGES WEIGHTS                     # every row
     python results/recipe/sweep.py IMAGES WEIGHTS "head linear" "base #2"  # some, one of seed 2
+    python results/recipe/sweep.py --jobs=15 IMAGES WEIGHTS                # 15 at once, on a GPU
     python results/recipe/sweep.py --table                            # runs.jsonl as Markdown
 
 IMAGES is CIFAR-10 as train.py's --dataset takes it, WEIGHTS those of the stand-in teacher (any timm
-model: see TEACHER). The teacher is asked once about each of two views; its answers are kept as
-they are, so that rows with other heads and losses read the same ones. Student, heads, views,
+model: see TEACHER). The teacher is asked once about each view; its answers are kept as they are,
+and in memory, so that rows with other heads and losses read the same ones. Student, heads, views,
 schedule and verdict are the project's modules; the loop is train.py's without its precautions. What
 train.py does not have is below: the peers' objectives, the naive ones, and what was an option of
 train.py until it lost here (colour jitter, local crops, an MLP head, smooth L1). Each run adds
@@ -46,7 +47,9 @@ TEACHER = "tf_efficientnet_lite0"
 BASE = dict(teacher=TEACHER, teacher_size=96, student="vit_tiny_patch16_224", student_size=64,
             student_args="depth=4", batch_size=128, epochs=6, teacher_views=2, num_workers=1)
 JUDGED = 20_000, 10_000  # training and test images of the verdict
-FEW = dict(max_samples=5_000, epochs=60, teacher_views=4)  # where jitter might help the most
+# Where views come again and again: as many epochs as long runs have, over fewer images.
+FEW = dict(max_samples=5_000, epochs=60, teacher_views=4)
+LONG = dict(max_samples=12_500, epochs=50, teacher_views=4)
 # The naive recipe needs a teacher grid (6 x 6) that is larger than the student's (4 x 4).
 NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20, teacher_views=2, jitter=0.4)
 
@@ -235,6 +238,11 @@ ROWS = {
     "5,000 images, 60 epochs, jitter 0.4": dict(FEW, jitter=0.4, seeds=3),
     "5,000 images, 60 epochs, V = 1": dict(FEW, teacher_views=1),
     "5,000 images, 60 epochs, V = 16": dict(FEW, teacher_views=16),
+    "5,000 images, 60 epochs, crop 0.7": dict(FEW, crop_scale=0.7),
+    "12,500 images, 50 epochs": dict(LONG),
+    "12,500 images, 50 epochs, jitter 0.4": dict(LONG, jitter=0.4),
+    "12,500 images, 50 epochs, V = 8": dict(LONG, teacher_views=8),
+    "12,500 images, 50 epochs, crop 0.7": dict(LONG, crop_scale=0.7),
     # optimisation
     "lr 5e-4": dict(lr=5e-4),
     "lr 2e-3": dict(lr=2e-3, seeds=3),
@@ -389,8 +397,9 @@ def run(cfg: Config, objective=model.Distiller, ema=0.0, jitter=0.0, crops=0) ->
     bench = evaluation.Bench(cfg, *JUDGED)
     judged = average.module.eval() if average else student
     row = bench.judge(*bench.features(judged))
-    return row | dict(parameters=student.parameter_count, seconds=round(seconds),
-                      loss=loss)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    return row | dict(parameters=student.parameter_count, seconds=round(seconds), loss=loss,
+                      device=where)
 
 
 def judge_teacher(cfg: Config) -> dict:
@@ -403,34 +412,36 @@ def judge_teacher(cfg: Config) -> dict:
 # ---------------------------------------------------------------------------- the table
 
 
-def known_runs() -> list[dict]:
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+def known_runs(path: Path = RUNS) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def teacher_row(size: int, images: int) -> str:
     return f"teacher, {size} px, {images:,} images"
 
 
-def table() -> str:
-    """runs.jsonl as Markdown: means over the seeds and, in brackets, lowest and highest k-NN."""
-    runs = known_runs()
+def table(path: Path) -> str:
+    """A file of runs as Markdown: means over the seeds; in brackets lowest and highest k-NN."""
+    runs = known_runs(path)
     lines = ["| row | seeds | k-NN | linear | keeps k-NN | keeps linear | spread | rank | "
              "seconds |", "|---|---|---|---|---|---|---|---|---|"]
-    teachers = dict.fromkeys(r["row"] for r in runs if r["row"].startswith("teacher"))
-    for name in [*teachers, *ROWS]:
+    names = dict.fromkeys([*ROWS, *(r["row"] for r in runs)])
+    for name in sorted(names, key=lambda name: not name.startswith("teacher, ")):
         of = [r for r in runs if r["row"] == name]
         if not of:
             continue
-        mean = {k: statistics.mean(r[k] for r in of) for k in of[0] if k not in ("row", "settings")}
-        size = of[0]["settings"].get("teacher_size", 96) if "settings" in of[0] else 0
-        ref = next((r for r in runs if r["row"] == teacher_row(size, of[0]["images"])), None)
-        range_ = (f" [{min(r['knn20'] for r in of):.1%}, {max(r['knn20'] for r in of):.1%}]"
-                  if len(of) > 1 else "")
-        keeps = [f"{mean[k] / ref[k]:.1%}" if ref and "settings" in of[0] else "-"
-                 for k in ("knn20", "linear")]
-        seconds = f"{mean['seconds']:.0f}" if "seconds" in mean else "-"
+        mean = {k: statistics.mean(r[k] for r in of) for k in ("knn20", "linear", "spread", "rank")}
+        span = [min(r["knn20"] for r in of), max(r["knn20"] for r in of)]
+        keeps, seconds = ["-", "-"], "-"
+        if "settings" in of[0]:
+            size = of[0]["settings"].get("teacher_size", BASE["teacher_size"])
+            (ref,) = (r for r in runs if r["row"] == teacher_row(size, of[0]["images"]))
+            keeps = [f"{mean[k] / ref[k]:.1%}" for k in ("knn20", "linear")]
+            taken = {r["device"]: r["seconds"] for r in of}  # of the last seed there
+            seconds = ", ".join(f"{seconds} {device}" for device, seconds in taken.items())
         lines.append(
-            f"| {name} | {len(of)} | {mean['knn20']:.1%}{range_} | {mean['linear']:.1%} | "
+            f"| {name} | {len(of)} | {mean['knn20']:.1%}"
+            f"{' [{:.1%}, {:.1%}]'.format(*span) * (len(of) > 1)} | {mean['linear']:.1%} | "
             f"{' | '.join(keeps)} | {mean['spread']:.2f} | {mean['rank']:.0f} | {seconds} |")
     return "\n".join(lines)
 
@@ -472,8 +483,9 @@ def add(row: dict) -> None:
 
 
 if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
     if "--table" in sys.argv:
-        print(table())
+        print(table(Path(words[0]) if words else RUNS))
     else:
-        jobs = [int(a.partition("=")[2]) for a in sys.argv if a.startswith("--jobs=")]
-        main(*(a for a in sys.argv[1:] if not a.startswith("--jobs=")), jobs=(jobs or [1])[0])
+        jobs = [int(word.partition("=")[2]) for word in sys.argv if word.startswith("--jobs=")]
+        main(*words, jobs=jobs[0] if jobs else 1)

@@ -7,7 +7,7 @@
     python results/speed/speed.py memory      # 500,000 stored images against 1,000
     python results/speed/speed.py eval        # k-NN, linear probe, feature extraction
     python results/speed/speed.py precision   # bf16 and compile, and their accuracy on the demo
-    python results/speed/speed.py cpu         # huge pages, resizing, reads against a memory map
+    python results/speed/speed.py cpu         # huge pages, attention, layout, resizing, plain reads
     python results/speed/speed.py gpu         # eager, compiled, CUDA graphs, and a run's speed
 
 Both sides of a ratio are timed in turn, in one process or one after the other, and medians are
@@ -31,6 +31,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2 as T
@@ -523,7 +524,7 @@ for _ in range(12):
 
 
 def cpu(folder: Path) -> None:
-    """What three choices for CPUs are worth: each against what it replaced."""
+    """What five choices for CPUs are worth: each against what it replaced."""
 
     def forwards(name: str, huge: int) -> float:
         env = os.environ | dict(THP_MEM_ALLOC_ENABLE=str(huge))
@@ -536,6 +537,27 @@ def cpu(folder: Path) -> None:
         small, huge = map(statistics.median, zip(*pairs, strict=True))
         print(f"forward of {name}, 64 images of 96 px: {small * 1e3:.0f} ms, on huge pages "
               f"{huge * 1e3:.0f} ms: {small / huge:.2f} times", flush=True)
+
+    def training(name: str, fused: bool = False, layout=torch.channels_last):
+        timm.layers.set_fused_attn(fused)
+        net = model.build_student(name, 96).to(memory_format=layout)
+        pixels = torch.rand(64, 3, 96, 96)
+
+        def step():
+            with torch.autocast("cpu", enabled=bf16):
+                cls = net(pixels).cls
+            cls.float().square().mean().backward()
+
+        return step
+
+    for name in ("vit_tiny_patch16_224", "vit_small_patch16_224"):
+        ours, theirs = in_turn(training(name), training(name, fused=True))
+        print(f"forward and backward of {name}, attention written out {ours * 1e3:.0f} ms, torch's "
+              f"fused {theirs * 1e3:.0f} ms: {theirs / ours:.2f} times", flush=True)
+    for name in ("resnet18", "convnext_atto", "mobilenetv3_small_100"):
+        ours, theirs = in_turn(training(name), training(name, layout=torch.contiguous_format))
+        print(f"forward and backward of {name}, channels last {ours * 1e3:.0f} ms, first "
+              f"{theirs * 1e3:.0f} ms: {theirs / ours:.2f} times", flush=True)
 
     images = torch.randint(0, 256, (256, 3, 112, 112), dtype=torch.uint8)
     box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(256, 1)
