@@ -69,9 +69,10 @@ def option(default, help, low=None, high=None, choices=()):
 class Config:
     """Distil a frozen teacher into a small student, from unlabelled images."""
     # Plain int, float, str and bool, so that a checkpoint can hold it. Where the numbers are from:
-    # compared on CIFAR-10 (results/recipe, results/views) were head, loss, lr, teacher_views. From
-    # others are lr (AM-RADIO, DINOv2), weight_decay (Proteus), crop_scale (near DINOv2's 0.32).
-    # Only reasoned about: the loss' weights, batch, epochs, warm-up, clipping, teacher and sizes.
+    # compared on CIFAR-10 (results/recipe, results/views) were head, loss and its weights, pool,
+    # lr, teacher_views and crop_scale (0.7 learns faster in short runs). From others are lr
+    # (AM-RADIO, DINOv2), weight_decay (Proteus), crop_scale (near DINOv2's 0.32). Only reasoned
+    # about: batch, epochs, warm-up, clipping, teacher and sizes.
 
     preset: str = option("", "defaults to start from", choices=("", *PRESETS))
 

@@ -321,15 +321,16 @@ class Head(nn.Module):
     Student: predict(features) is the identity for pca and frozen, so that what was trained is what
     is used, and a trained map Ds -> Dt, thrown away afterwards, for linear. That is for conv nets:
     most end behind a ReLU and cannot say targets that are centred. For ResNet-10t pca costs 5
-    points of k-NN, for a ViT linear costs as much (results/recipe).
+    points of k-NN, for a ViT linear costs 3 (results/recipe).
 
-    The mean goes because a teacher's features share a large common part, on which a cosine would
-    mostly be spent. The scale is each dimension's standard deviation to the power `whiten`: a few
-    principal axes hold most of the variance, and a cosine hardly looks at the others. By the root
-    of it (half whitened, WHITEN) all of them count, and those that are mostly noise not too much:
-    3 points of k-NN on CIFAR-10 (results/recipe). Random axes hold much the same variance and are
-    left as they are; a trained map meets whole whitened targets. A trained map on this side instead
-    of these constants would let both sides agree on a constant.
+    The mean goes because a teacher's features share a common part, on which a cosine is spent for
+    nothing; accuracy hardly shows it, the student's spread does. The scale is each dimension's
+    standard deviation to the power `whiten`: a few principal axes hold most of the variance, and a
+    cosine hardly looks at the others. By the root of it (half whitened, WHITEN) all of them count,
+    and those that are mostly noise not too much: 1 to 3 points of k-NN on CIFAR-10
+    (results/recipe). Random axes hold much the same variance and are left as they are; a trained
+    map meets whole whitened targets. A trained map on this side instead of these constants would
+    let both sides agree on a constant.
     """
 
     def __init__(self, kind: str, student_dim: int, teacher_dim: int):
