@@ -681,7 +681,6 @@ def render(images: Tensor, boxes: Tensor | None, size: int) -> Tensor:
     anti-aliasing, as PIL's `resize(box=...)`; separable, so two matrix products per image do it.
     """
     if boxes is None and images.device.type == "cpu":  # four times faster, rounded as PIL does
-        images = images.contiguous(memory_format=torch.channels_last)
         whole = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         return whole.float().div_(255)
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if boxes is None else boxes
