@@ -23,9 +23,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Whatever a library's own default is, no file of weights that is read here may run code: older
 # versions of timm would unpickle a --teacher_weights.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-# On a CPU large tensors come on huge pages, or each costs thousands of page faults. That gains at
-# most a tenth (results/speed/cpu.txt), and more, though not logged, where several processes train
-# side by side. To be set before torch makes its first tensor.
+# On a CPU large tensors come on huge pages, or each costs thousands of page faults. For one process
+# the gain is lost in the scatter of timings (results/speed/cpu.txt); where several train side by
+# side it is there, though not logged. To be set before torch makes its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what a full disk answers

@@ -268,8 +268,8 @@ def decode(cell, size: int, folders=()) -> np.ndarray:
 class RowFile:
     """An array [N, ...] in a file, read and written by rows: `file[rows]` is a copy [B, ...].
 
-    Plain reads, where a memory map would fault in each page: that reads far ahead (from disk 99 ms
-    a batch of 64 images of 96 px, against 7: results/speed/cpu.txt) and what it has touched counts
+    Plain reads, where a memory map would fault in each page: that reads far ahead (from disk 104 ms
+    a batch of 64 images of 96 px, against 9: results/speed/cpu.txt) and what it has touched counts
     as the process's memory. Safe to share between threads and forked processes.
     """
 

@@ -5,7 +5,8 @@
     python results/speed/speed.py naive       # the whole run against the course project's way
     python results/speed/speed.py store       # decoding, and fetching batches
     python results/speed/speed.py memory      # 500,000 stored images against 1,000
-    python results/speed/speed.py eval        # k-NN, linear probe, feature extraction
+    python results/speed/speed.py eval        # k-NN and linear probe
+    python results/speed/speed.py features    # feature extraction against bare forwards
     python results/speed/speed.py precision   # bf16 and compile, and their accuracy on the demo
     python results/speed/speed.py cpu         # huge pages, attention, layout, resizing, plain reads
     python results/speed/speed.py gpu         # eager, compiled, CUDA graphs, and a run's speed
@@ -455,6 +456,8 @@ def verdict(folder: Path) -> None:
             f"s, here {ours:.2f} s"
         )
 
+
+def features(folder: Path) -> None:
     cfg = settings(folder, student="vit_small_patch16_224", max_samples=1024)
     stored = data.open_store(cfg, "train", 112, 1024)
     rows, dtype = np.arange(1024), model.pick_dtype("auto", torch.device("cpu"))
@@ -469,13 +472,13 @@ def verdict(folder: Path) -> None:
     for student, args in (("vit_small_patch16_224", ""), ("vit_tiny_patch16_224", "depth=6")):
         cfg = dataclasses.replace(cfg, student=student, student_args=args)
         net = evaluation.student_of(cfg)
-        forward, features = in_turn(
+        forward, whole = in_turn(
             lambda net=net: bare(net),
             lambda net=net: evaluation.extract(net, stored, rows, 256, dtype),
         )
         print(
-            f"features of {student} {args}: {1024 / features:.0f} images/s, "
-            f"{forward / features:.1%} of the bare forward"
+            f"features of {student} {args}: {1024 / whole:.0f} images/s, "
+            f"{forward / whole:.1%} of the bare forward"
         )
 
 
@@ -642,6 +645,7 @@ if __name__ == "__main__":
         store=store,
         memory=memory,
         eval=verdict,
+        features=features,
         precision=precision,
         cpu=cpu,
     )
