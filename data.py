@@ -627,6 +627,11 @@ class Bank:
         self.flush()
         return all(done.all() for done in self.done)
 
+    def on(self, device) -> list[tuple[Tensor, Tensor]]:
+        """For each view tokens int8 [N, T, K] and scale float16 [N, T], on a device."""
+        return [(tokens.on(device, "answers"), scale.on(device, "their scale"))
+                for tokens, scale in zip(self.tokens, self.scale, strict=True)]
+
 
 def quantise(targets: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [B, T, K] -> int8 [B, T, K] and a scale for each token, float16 [B, T]."""

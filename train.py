@@ -396,8 +396,7 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
             if bank and teacher and bank.complete():
                 teacher = None  # it has said everything
                 if belong_on_device(1 / 2, *bank.tokens):
-                    answers = [(tokens.on(device, "answers"), scale.on(device, "their scale"))
-                               for tokens, scale in zip(bank.tokens, bank.scale, strict=True)]
+                    answers = bank.on(device)
                 log.info(f"epoch {epoch + 1}: the bank is complete, the teacher is dropped")
             share = first, rank, world, None if answers else bank, number
             for images, index, stored in batches(epoch, samples, cfg.batch_size, *share):
@@ -479,7 +478,9 @@ def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
                         board.flush()
                     due = cfg.save_every and done % cfg.save_every == 0 or step == total_steps
                     kept = [run / f"checkpoint_epoch_{done}.pth"] * bool(end_of_epoch and due)
-                    if kept or stopping or time.time() - last_save > SAVE_SECONDS[not end_of_epoch]:
+                    shortest, longest = SAVE_SECONDS
+                    wait = shortest if end_of_epoch else longest
+                    if kept or stopping or time.time() - last_save > wait:
                         save(*kept, latest)  # in this order: killed in between, both come again
                         last_save = time.time()
                 if stopping:

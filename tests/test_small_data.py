@@ -129,7 +129,8 @@ def test_an_empty_test_split_is_named_before_anything_is_written(tmp_path):
     cfg = config(tmp_path, [0, 1] * 6)
     rows = datasets.Dataset.from_parquet(f"{cfg.dataset}/train.parquet")
     rows.select([]).to_parquet(f"{cfg.dataset}/test.parquet")
-    with pytest.raises(UserError, match='"test" corresponds to no data! .it, or a split of it, is'):
+    said = r'"test" corresponds to no data! \(it, or a split of it, is empty: remove its files\)'
+    with pytest.raises(UserError, match=said):
         train.main(cfg)
     empty = datasets.DatasetDict(train=rows, test=rows.select([]))
     empty.save_to_disk(str(tmp_path / "saved"))

@@ -323,9 +323,7 @@ class Answers:
                     values = torch.cat([said.cls[:, None], said.patches], 1).float()
                     bank.write(number, index, *data.quantise(values))
                 bank.flush()
-        self.views = [(tokens.on(device, "answers"), scale.on(device, "scale"))
-                      for tokens, scale in zip(bank.tokens, bank.scale, strict=True)]
-        self.teacher = teacher
+        self.views, self.teacher = bank.on(device), teacher
 
     def box(self, number: int, index) -> torch.Tensor:
         return data.view(0, number, index, (self.crop_scale, 1.0))
