@@ -259,6 +259,7 @@ ROWS = {
     "teacher 128 px, grid 4 x 4": dict(teacher_size=128),
     "48 px, grid 3 x 3": dict(student_size=48),
     "96 px, grid 6 x 6": dict(student_size=96),
+    "32 px, patch 8, grid 4 x 4": dict(student_size=32, student_args="depth=4 patch_size=8"),
     "64 px, patch 8, grid 8 x 8": dict(student_args="depth=4 patch_size=8"),
     "ResNet stem, 128 px, grid 4 x 4": dict(student="vit_tiny_r_s16_p8_224", student_size=128),
     "width 256": dict(student_args="depth=4 embed_dim=256 num_heads=4"),
@@ -414,6 +415,10 @@ def known_runs(path: Path = RUNS) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def image_count(cfg: Config) -> int:
+    return cfg.max_samples or 50_000
+
+
 def teacher_row(size: int, images: int) -> str:
     return f"teacher, {size} px, {images:,} images"
 
@@ -448,7 +453,7 @@ def judge_row(row: str, seed: int, images: str, weights: str) -> dict:
     cfg, given = config_of(row, images, weights, seed), ROWS[row]
     extras = {k: v for k, v in given.items() if k in ("objective", "ema", "jitter", "crops")}
     settings = {k: getattr(v, "__name__", v) for k, v in given.items() if k != "seeds"}
-    return dict(row=row, seed=seed, images=cfg.max_samples or 50_000, epochs=cfg.epochs,
+    return dict(row=row, seed=seed, images=image_count(cfg), epochs=cfg.epochs,
                 settings=settings, **run(cfg, **extras))
 
 
@@ -461,11 +466,10 @@ def main(images: str, weights: str, *rows: str, jobs: int = 1) -> None:
     known = {(r["row"], r["seed"]) for r in known_runs()}
     for row, _ in wanted:
         cfg = config_of(row, images, weights)
-        count = cfg.max_samples or 50_000
-        name = teacher_row(cfg.teacher_size, count)
+        name = teacher_row(cfg.teacher_size, image_count(cfg))
         if (name, 0) not in known:
             known.add((name, 0))
-            add(dict(row=name, seed=0, images=count, **judge_teacher(cfg)))
+            add(dict(row=name, seed=0, images=image_count(cfg), **judge_teacher(cfg)))
     wanted = sorted((w for w in wanted if w not in known), key=lambda w: w[1])
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:

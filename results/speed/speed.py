@@ -484,6 +484,7 @@ def features(folder: Path) -> None:
 
 def precision(folder: Path) -> None:
     """bf16 and compile: speed of the bare step, and what the demo's student then knows."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # nothing from earlier runs
     print("| student, batch 64 | precision | compile | images/s | first step |")
     print("|---|---|---|---|---|")
     for student, args in (("vit_small_patch16_224", ""), ("vit_tiny_patch16_224", "depth=6")):
