@@ -287,7 +287,8 @@ def parse(cls, argv: list[str], *checks):
     found = [f"unknown flag {flag}{nearest(flag.lstrip('-'), [*types, *switches], '--')}"
              for flag in flags]
     if unknown and not flags:
-        found.append(f"unexpected argument {unknown[0]!r}")
+        found.append(f"unexpected argument {unknown[0]!r}: settings are written --name value, "
+                     "switches --name or --no_name")
     values = dict(PRESETS.get(getattr(given, "preset", ""), {}))
     for name, text in vars(given).items():
         try:
