@@ -260,12 +260,19 @@ ROWS = {
     "48 px, grid 3 x 3": dict(student_size=48),
     "96 px, grid 6 x 6": dict(student_size=96),
     "32 px, patch 8, grid 4 x 4": dict(student_size=32, student_args="depth=4 patch_size=8"),
+    "48 px, patch 8, grid 6 x 6": dict(student_size=48, student_args="depth=4 patch_size=8"),
     "64 px, patch 8, grid 8 x 8": dict(student_args="depth=4 patch_size=8"),
     "ResNet stem, 128 px, grid 4 x 4": dict(student="vit_tiny_r_s16_p8_224", student_size=128),
     "width 256": dict(student_args="depth=4 embed_dim=256 num_heads=4"),
     "width 384": dict(student_args="depth=4 embed_dim=384 num_heads=6"),
     "depth 8": dict(student_args="depth=8"),
     "init jax": dict(student_args="depth=4 weight_init=jax"),
+    # what won, together, with the CLS and without it
+    "32 px, patch 8, crop 0.7, lr 2e-3": dict(
+        student_size=32, student_args="depth=4 patch_size=8", crop_scale=0.7, lr=2e-3),
+    "32 px, patch 8, crop 0.7, lr 2e-3, patches alone": dict(
+        student_size=32, student_args="depth=4 patch_size=8", crop_scale=0.7, lr=2e-3,
+        cls_weight=0.0, patch_weight=1.0, pool="mean"),
 } | {
     f"{name}{', head pca' * (head == 'pca')}": dict(
         student=name, student_args="", head=head, seeds=3 if name == "resnet10t" else 1)
