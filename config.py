@@ -70,9 +70,9 @@ class Config:
     """Distil a frozen teacher into a small student, from unlabelled images."""
     # Plain int, float, str and bool, so that a checkpoint can hold it. Where the numbers are from:
     # compared on CIFAR-10 (results/recipe, results/views) were head, loss and its weights, pool,
-    # lr, teacher_views and crop_scale (0.7 learns faster in short runs). From others are lr
-    # (AM-RADIO, DINOv2), weight_decay (Proteus), crop_scale (near DINOv2's 0.32). Only reasoned
-    # about: batch, epochs, warm-up, clipping, teacher and sizes.
+    # teacher_views, and in short runs crop_scale (0.7 learns faster), lr, weight_decay, warm-up.
+    # From others are lr (AM-RADIO, DINOv2), weight_decay (Proteus), crop_scale (near DINOv2's
+    # 0.32). Only reasoned about: batch (a short run prefers 128), epochs, clipping, teacher, sizes.
 
     preset: str = option("", "defaults to start from", choices=("", *PRESETS))
 
