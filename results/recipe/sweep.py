@@ -243,6 +243,7 @@ ROWS = {
     "12,500 images, 50 epochs, jitter 0.4": dict(LONG, jitter=0.4),
     "12,500 images, 50 epochs, V = 8": dict(LONG, teacher_views=8),
     "12,500 images, 50 epochs, crop 0.7": dict(LONG, crop_scale=0.7),
+    "12,500 images, 50 epochs, lr 2e-3": dict(LONG, lr=2e-3),
     # optimisation
     "lr 5e-4": dict(lr=5e-4),
     "lr 2e-3": dict(lr=2e-3, seeds=3),
