@@ -50,6 +50,10 @@ JUDGED = 20_000, 10_000  # training and test images of the verdict
 # Where views come again and again: as many epochs as long runs have, over fewer images.
 FEW = dict(max_samples=5_000, epochs=60, teacher_views=4)
 LONG = dict(max_samples=12_500, epochs=50, teacher_views=4)
+# Patches of CIFAR's own pixels; what gained, together; the patch loss without that of the CLS.
+SMALL = dict(student_size=32, student_args="depth=4 patch_size=8")
+WON = dict(SMALL, crop_scale=0.7, lr=2e-3)
+ALONE = dict(cls_weight=0.0, patch_weight=1.0, pool="mean")
 # The naive recipe needs a teacher grid (6 x 6) that is larger than the student's (4 x 4).
 NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20, teacher_views=2, jitter=0.4)
 
@@ -222,7 +226,7 @@ ROWS = {
     "patch weight 0.25": dict(patch_weight=0.25),
     "patch weight 1": dict(patch_weight=1.0, seeds=3),
     "patch weight 2": dict(patch_weight=2.0),
-    "cls weight 0, mean of patches": dict(cls_weight=0.0, patch_weight=1.0, pool="mean"),
+    "cls weight 0, mean of patches": dict(ALONE),
     "pool mean": dict(pool="mean", seeds=3),
     # views
     "jitter 0.2": dict(jitter=0.2),
@@ -260,7 +264,7 @@ ROWS = {
     "teacher 128 px, grid 4 x 4": dict(teacher_size=128),
     "48 px, grid 3 x 3": dict(student_size=48),
     "96 px, grid 6 x 6": dict(student_size=96),
-    "32 px, patch 8, grid 4 x 4": dict(student_size=32, student_args="depth=4 patch_size=8"),
+    "32 px, patch 8, grid 4 x 4": dict(SMALL),
     "48 px, patch 8, grid 6 x 6": dict(student_size=48, student_args="depth=4 patch_size=8"),
     "64 px, patch 8, grid 8 x 8": dict(student_args="depth=4 patch_size=8"),
     "ResNet stem, 128 px, grid 4 x 4": dict(student="vit_tiny_r_s16_p8_224", student_size=128),
@@ -269,11 +273,8 @@ ROWS = {
     "depth 8": dict(student_args="depth=8"),
     "init jax": dict(student_args="depth=4 weight_init=jax"),
     # what won, together, with the CLS and without it
-    "32 px, patch 8, crop 0.7, lr 2e-3": dict(
-        student_size=32, student_args="depth=4 patch_size=8", crop_scale=0.7, lr=2e-3),
-    "32 px, patch 8, crop 0.7, lr 2e-3, patches alone": dict(
-        student_size=32, student_args="depth=4 patch_size=8", crop_scale=0.7, lr=2e-3,
-        cls_weight=0.0, patch_weight=1.0, pool="mean"),
+    "32 px, patch 8, crop 0.7, lr 2e-3": dict(WON),
+    "32 px, patch 8, crop 0.7, lr 2e-3, patches alone": dict(WON, **ALONE),
 } | {
     f"{name}{', head pca' * (head == 'pca')}": dict(
         student=name, student_args="", head=head, seeds=3 if name == "resnet10t" else 1)

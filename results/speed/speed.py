@@ -458,6 +458,7 @@ def verdict(folder: Path) -> None:
 
 
 def features(folder: Path) -> None:
+    """Feature extraction against bare forwards of as many ready-made images."""
     cfg = settings(folder, student="vit_small_patch16_224", max_samples=1024)
     stored = data.open_store(cfg, "train", 112, 1024)
     rows, dtype = np.arange(1024), model.pick_dtype("auto", torch.device("cpu"))
