@@ -69,10 +69,10 @@ def option(default, help, low=None, high=None, choices=()):
 class Config:
     """Distil a frozen teacher into a small student, from unlabelled images."""
     # Plain int, float, str and bool, so that a checkpoint can hold it. Where the numbers are from:
-    # compared on CIFAR-10 (results/recipe, results/views) were head, loss and its weights, pool,
-    # teacher_views, and in short runs crop_scale (0.7 learns faster), lr, weight_decay, warm-up.
-    # From others are lr (AM-RADIO, DINOv2), weight_decay (Proteus), crop_scale (near DINOv2's
-    # 0.32). Only reasoned about: batch (a short run prefers 128), epochs, clipping, teacher, sizes.
+    # AM-RADIO and DINOv2 (lr), Proteus (weight_decay), near DINOv2's 0.32 (crop_scale). Compared on
+    # CIFAR-10 (results/recipe, vit-50, views) were these, in long runs too crop_scale and lr (0.7
+    # and 2e-3 learn faster, not more), head, loss and its weights, pool, warm-up, teacher_views.
+    # Only reasoned about: batch (a short run prefers 128), epochs, clipping, teacher, sizes.
 
     preset: str = option("", "defaults to start from", choices=("", *PRESETS))
 

@@ -228,6 +228,7 @@ ROWS = {
     "patch weight 2": dict(patch_weight=2.0),
     "cls weight 0, mean of patches": dict(ALONE),
     "pool mean": dict(pool="mean", seeds=3),
+    "pool mean, patch weight 2": dict(pool="mean", patch_weight=2.0),
     # views
     "jitter 0.2": dict(jitter=0.2),
     "jitter 0.4": dict(jitter=0.4, seeds=3),
@@ -433,9 +434,9 @@ def teacher_row(size: int, images: int) -> str:
 
 
 def table(path: Path) -> str:
-    """A file of runs as Markdown: means over the seeds; in brackets lowest and highest k-NN."""
+    """A file of runs as Markdown: means over seeds and devices; in brackets lowest and highest."""
     runs = known_runs(path)
-    lines = ["| row | seeds | k-NN | linear | keeps k-NN | keeps linear | spread | rank | "
+    lines = ["| row | runs | k-NN | linear | keeps k-NN | keeps linear | spread | rank | "
              "seconds |", "|---|---|---|---|---|---|---|---|---|"]
     names = dict.fromkeys([*ROWS, *(r["row"] for r in runs)])
     for name in sorted(names, key=lambda name: not name.startswith("teacher, ")):
@@ -443,7 +444,10 @@ def table(path: Path) -> str:
         if not of:
             continue
         mean = {k: statistics.mean(r[k] for r in of) for k in ("knn20", "linear", "spread", "rank")}
-        span = [min(r["knn20"] for r in of), max(r["knn20"] for r in of)]
+        accuracies = []
+        for k in ("knn20", "linear"):
+            low, high = min(r[k] for r in of), max(r[k] for r in of)
+            accuracies.append(f"{mean[k]:.1%}" + f" [{low:.1%}, {high:.1%}]" * (len(of) > 1))
         keeps, seconds = ["-", "-"], "-"
         if "settings" in of[0]:
             size = of[0]["settings"].get("teacher_size", BASE["teacher_size"])
@@ -452,9 +456,8 @@ def table(path: Path) -> str:
             taken = {r["device"]: r["seconds"] for r in of}  # of the last seed there
             seconds = ", ".join(f"{seconds} {device}" for device, seconds in taken.items())
         lines.append(
-            f"| {name} | {len(of)} | {mean['knn20']:.1%}"
-            f"{' [{:.1%}, {:.1%}]'.format(*span) * (len(of) > 1)} | {mean['linear']:.1%} | "
-            f"{' | '.join(keeps)} | {mean['spread']:.2f} | {mean['rank']:.0f} | {seconds} |")
+            f"| {name} | {len(of)} | {' | '.join(accuracies + keeps)} | {mean['spread']:.2f} | "
+            f"{mean['rank']:.0f} | {seconds} |")
     return "\n".join(lines)
 
 
