@@ -1,21 +1,26 @@
-"""Networks: the frozen teacher, the student, the heads between them, and the loss.
+"""Networks: the frozen teacher, the student, the heads between them, the loss, and checkpoints.
 
-`load_teacher` and `build_student` return a `Backbone`, which hides what differs between DINOv2,
-other ViTs and conv nets: images in [0, 1] go in, a CLS embedding and a grid of patch embeddings
-come out. A `Head` takes both sides to one width; only its student side ever trains. `Distiller` is
-student + heads + loss in one module, so that compile and DDP wrap one thing.
+`load_teacher` and `build_student` return a `Backbone`: images in [0, 1] go in, a CLS embedding and
+a grid of patch embeddings come out, for DINOv2, other ViTs and conv nets alike. A `Head` brings
+both sides to one width; only its student side ever trains. `Distiller`, the objective, is student,
+heads and loss in one module; forks subclass it (examples/forks).
 
-Axes: B batch, N patches (row-major over the grid), D width. Dt, Ds: the teacher's, the student's D.
+Axes: B batch, N patches (row-major over the grid), T tokens, D width (Dt teacher's, Ds student's).
 
-DINOv2 (Oquab et al. 2023), registers (Darcet et al. 2023); the fixed, centred projection is in the
-line of PHI-S (Ranzinger et al. 2024), learned heads in that of Proteus and UNIC (2024).
+DINOv2 (Oquab et al. 2023), registers (Darcet et al. 2023); the fixed, centred projection follows
+PHI-S (Ranzinger et al. 2024), learned heads follow Proteus and UNIC (2024).
 """
 
 import ast
+import dataclasses
 import functools
 import hashlib
-import os
+import logging
+import math
 import re
+import shlex
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -25,254 +30,207 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import UserError, hub_error, hub_online, nearest, reason
+from config import Config, UserError, from_hub, reason, suggestion, write_atomically, wrong_values
+
+log = logging.getLogger("distill")
 
 TEACHERS = {  # the official names -> timm's
     f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2.lvd142m"
     for size in ("small", "base", "large", "giant")
     for reg in ("", "_reg")
 }
-DEMO_TEACHER = Path(__file__).parent / "assets" / "demo_teacher.safetensors"
-DEMO_SIZE = 32  # pixels at which its position table was trained
-DEMO_ARGS = dict(patch_size=8, embed_dim=64, depth=4, num_heads=4, init_values=1.0)
-WHITEN = dict(pca=0.5, frozen=0.0, linear=1.0)  # power of the targets' deviation, by head
-TOKENS_PER_IMAGE = 8  # patches of each image in the statistics of a Head
-MAX_HEADER = 1_000_000  # bytes of a safetensors file's list of tensors; 600 of them take 60,000
-# Arguments of timm that fetch or read weights: a student starts from random ones.
-NO_STUDENT_ARGS = frozenset(
-    "pretrained pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir".split())
+DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher.safetensors"
+DEMO_ARGS = dict(patch_size=8, embed_dim=96, depth=6, num_heads=6, init_values=1.0, img_size=32)
+WHITEN = dict(pca=0.5, frozen=0.0, linear=1.0)  # by head: targets are divided by std ** this
+TOKENS_PER_IMAGE = 8  # of each term, that `Distiller.fit` uses
+FORMAT = 3  # version of the checkpoints' contents
 
 
 class Features(NamedTuple):
-    """What a Backbone says of a batch: cls [B, D], patches [B, N, D], in the forward's dtype."""
+    """What a Backbone outputs: cls [B, D], patches [B, N, D], in the dtype of the forward."""
 
     cls: Tensor
     patches: Tensor
 
 
 class Backbone(nn.Module):
-    """A timm model behind one interface.
+    """A timm model behind one interface: images float [B, 3, S, S] in [0, 1] -> Features.
 
-    forward: images float [B, 3, H, W] in [0, 1], normalised here by the model's own constants ->
-    Features. The CLS embedding is the CLS token, or the mean of the patches for pool "mean" and for
-    models without one (then conv nets: global average and flattened map of the last stage).
-    Attributes: net (the timm model), image_size, embed_dim, grid (rows, columns), tokens (whether
-    it gives tokens or a map).
+    The CLS embedding is the CLS token, or the mean of the patches for pool "mean" and for models
+    without a CLS token. The patches of a conv net are the positions of its last feature map.
+    Raises UserError for nets that output no square grid of patch embeddings.
     """
 
-    def __init__(self, net: nn.Module, image_size: int, shape: dict, pool: str = "cls"):
+    def __init__(self, net: nn.Module, image_size: int, pool: str = "cls"):
         super().__init__()
-        # Up to a tenth faster for conv nets on a CPU; tensor cores want it. ViTs do not mind.
-        self.net = net.to(memory_format=torch.channels_last)
-        self.image_size, self.embed_dim = image_size, shape["embed_dim"]
-        self.grid, self.tokens = shape["grid"], shape["tokens"]
-        # A conv net's map may keep its channels last; the ViTs that end in a mean keep their last
-        # norm in `fc_norm`, where forward_features does not reach it.
-        self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+        # In channels_last conv nets are up to a tenth faster. ViTs do not mind.
+        self.net = net.eval().to(memory_format=torch.channels_last)
+        self.image_size = image_size
+        # ViTs that end in a mean apply their last norm, `fc_norm`, after forward_features.
         self.token_norm = getattr(net, "fc_norm", None) or nn.Identity()
         self.prefix = getattr(net, "num_prefix_tokens", 0)
-        self.by_cls = pool == "cls" and getattr(net, "cls_token", None) is not None
+        self.has_cls = pool == "cls" and getattr(net, "cls_token", None) is not None
+        self.parameter_count = sum(p.numel() for p in net.parameters())
         for name in ("mean", "std"):
-            value = torch.tensor(net.pretrained_cfg[name], device="cpu").view(1, 3, 1, 1)
+            value = torch.tensor(net.pretrained_cfg[name]).view(1, 3, 1, 1)
             self.register_buffer(name, value, persistent=False)
+        with torch.no_grad():
+            x = net.forward_features(torch.zeros(1, 3, image_size, image_size))
+        self.outputs_tokens = x.ndim == 3  # else a feature map
+        _, count, self.embed_dim = self.to_features(x).patches.shape
+        side = math.isqrt(count)
+        self.grid = side, side  # rows, columns
+        only_a_class = self.outputs_tokens and x.shape[1] == 1  # PiT
+        if side == 0 or side**2 != count or only_a_class:
+            raise UserError(f"it outputs {list(x.shape[1:])}, no square grid of patch embeddings; "
+                            "take a ViT, a Swin or a conv net")
+
+    def to_features(self, x: Tensor) -> Features:
+        """What the net's forward_features outputs -> Features."""
+        if self.outputs_tokens:
+            x = self.token_norm(x)
+            patches = x[:, self.prefix :]
+            return Features(x[:, 0] if self.has_cls else patches.mean(1), patches)
+        channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+        patches = x.flatten(1, 2) if channels_last else x.flatten(2).mT
+        return Features(patches.mean(1), patches)
 
     def forward(self, images: Tensor) -> Features:
-        x = self.net.forward_features((images - self.mean) / self.std)
-        if x.ndim == 4:
-            patches = x.flatten(1, 2) if self.channels_last else x.flatten(2).mT
-            return Features(patches.mean(1), patches)
-        x = self.token_norm(x)
-        patches = x[:, self.prefix :]
-        return Features(x[:, 0] if self.by_cls else patches.mean(1), patches)
+        normalised = (images - self.mean) / self.std  # by the model's own constants
+        return self.to_features(self.net.forward_features(normalised))
 
-    @property
-    def embedding(self) -> str:
-        """`forward`'s CLS embedding of normalised images, as whoever has the plain timm model says
-        it. `student(images)` is not always that: some conv nets have layers behind their pooling.
-        """
-        x = "student.forward_features(images)"
-        if not self.tokens:
-            return f"{x}.mean({(1, 2) if self.channels_last else (2, 3)})"
-        x = x if isinstance(self.token_norm, nn.Identity) else f"student.fc_norm({x})"
-        return f"{x}[:, 0]" if self.by_cls else f"{x}[:, {self.prefix}:].mean(1)"
-
-    @property
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.net.parameters())
+    def __str__(self) -> str:
+        return (f"{self.parameter_count / 1e6:.2f} M parameters, {self.image_size} px, grid "
+                f"{self.grid}, width {self.embed_dim}")
 
 
-@functools.cache
-def describe(name: str, image_size: int, timm_kwargs: tuple = ()) -> dict:
-    """embed_dim, grid, parameters, whether it gives tokens and has batch norm, of a timm model.
+def timm_arguments(name: str, image_size: int, arguments: dict) -> dict:
+    """timm's arguments for an image size: transformers take it as img_size, conv nets take any.
 
-    And timm's `arguments` for this size: transformers are told it, conv nets take any. Found on the
-    meta device, without memory or weights. Raises what timm raises for arguments the model does not
-    take, and UserError for an unknown name and for a size that is not a multiple of its patch, of
-    which timm would drop the border without a word.
+    Raises UserError for unknown names, and for sizes that the patch does not divide: timm would
+    silently drop the border.
     """
-    if not timm.is_model(name):  # timm would take "hf-hub:owner/name" or "local-dir:path" too
-        raise UserError(f"{name} is not among the models of timm {timm.__version__}")
-    arguments = dict(timm_kwargs)
+    if not timm.is_model(name):  # timm would also take "hf-hub:owner/name"
+        names = [*TEACHERS, *timm.list_models()]
+        raise UserError(f"not a model of timm {timm.__version__}{suggestion(name, names)}")
     with torch.device("meta"):
         net = timm.create_model(name, num_classes=0, **arguments)
-        if hasattr(net, "set_input_size"):
-            arguments["img_size"] = image_size
-            net = timm.create_model(name, num_classes=0, **arguments)
-        patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
-        if patch and image_size % patch[0]:
-            low = image_size // patch[0] * patch[0]
-            raise UserError(f"{image_size} px is not a multiple of {name}'s {patch[0]} px patch; "
-                            f"{low or patch[0]} and {low + patch[0]} are")
-        x = net.eval().forward_features(torch.zeros(1, 3, image_size, image_size))
-        if x.ndim == 4 and getattr(net, "output_fmt", "") != "NHWC":
-            x = x.movedim(1, -1)
-        grid, width = x.shape[1:3] if x.ndim == 4 else net.patch_embed.grid_size, x.shape[-1]
-    count = sum(p.numel() for p in net.parameters())
-    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
-    return dict(embed_dim=width, grid=tuple(grid), parameters=count, tokens=x.ndim == 3,
-                batch_norm=batch_norm, arguments=arguments)
+    projection = getattr(getattr(net, "patch_embed", None), "proj", None)
+    patch = getattr(projection, "stride", (1,))[0]
+    if image_size % patch:
+        low = image_size // patch * patch
+        raise UserError(f"{image_size} px is not a multiple of the {patch} px patch; "
+                        f"{low or patch} and {low + patch} are")
+    return arguments | (dict(img_size=image_size) if hasattr(net, "set_input_size") else {})
 
 
-def _teacher_spec(name: str) -> tuple[str, dict]:
-    """Teacher name -> timm name and arguments, without the image size."""
+def load_net(name: str, weights: str, **arguments) -> nn.Module:
+    """A timm model with the weights of a local file, or for "" with timm's from the Hub.
+
+    Raises UserError: no network, a file that is damaged or not this model's.
+    """
+    create = functools.partial(timm.create_model, name, num_classes=0, **arguments)
+    if not weights:
+        return from_hub(f"the weights of {name}", "--teacher_weights FILE", create, pretrained=True)
+    try:
+        if zipfile.is_zipfile(weights):
+            check_sums(weights)
+        net = create()
+        # Converts the names of other releases, and resizes position tables.
+        converter = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+        keys = timm.models.load_checkpoint(
+            net, weights, strict=False, filter_fn=converter, weights_only=True)
+        if keys.missing_keys:
+            raise ValueError(f"it has no {keys.missing_keys[0]}")
+    except Exception as error:
+        raise UserError(f"{weights} does not fit {name}: {reason(error)}") from error
+    return net
+
+
+def build_student(name: str, image_size: int, pool: str = "cls", weights: str = "",
+                  **timm_kwargs) -> Backbone:
+    """A student for image_size, with random weights (seed torch first) or those of a file.
+
+    Its attribute `arguments` holds all that timm needs to build it again.
+    """
+    arguments = timm_arguments(name, image_size, timm_kwargs)
+    if weights:
+        net = load_net(name, weights, **arguments)
+    else:
+        net = timm.create_model(name, num_classes=0, **arguments)
+    student = Backbone(net, image_size, pool)
+    student.arguments = arguments
+    return student
+
+
+def student_of(cfg: Config, weights: dict | None = None) -> Backbone:
+    """The student of a config: with a checkpoint's weights, or as it is before training."""
+    torch.manual_seed(cfg.seed)
+    start = "" if weights else cfg.student_weights
+    arguments = student_arguments(cfg.student_args)
+    student = build_student(cfg.student, cfg.student_size, cfg.pool, start, **arguments)
+    if weights:
+        student.net.load_state_dict(weights)
+    return student
+
+
+def student_arguments(text: str) -> dict:
+    """'depths=(2,2) weight_init=jax' -> {"depths": (2, 2), "weight_init": "jax"}, or UserError."""
+    arguments = {}
+    for item in re.split(r"[\s,]+(?![^(]*\))", text) if text else ():  # not inside parentheses
+        name, _, value = item.partition("=")
+        if not (name.isidentifier() and value) or name.startswith("pretrained"):
+            raise UserError(f"--student_args {text!r}: write name=value, separated by spaces; "
+                            "weights are given by --student_weights")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value  # a word
+    return arguments
+
+
+def teacher_spec(name: str) -> tuple[str, dict]:
+    """Teacher name -> timm name and arguments."""
     if name == "demo":
         return "vit_small_patch14_dinov2", DEMO_ARGS
     return TEACHERS.get(name, name), {}
 
 
-def student_kwargs(text: str) -> dict:
-    """'depths=(2,2) weight_init=jax' -> {"depths": (2, 2), "weight_init": "jax"}, or UserError."""
-    kwargs = {}
-    items = filter(None, re.split(r"[\s,]+(?![^(]*\))", text))  # not inside parentheses
-    for name, equals, value in (item.partition("=") for item in items):
-        if not (name.isidentifier() and equals and value):
-            raise UserError(f"--student_args {text!r}: write name=value, separated by spaces")
-        if name in NO_STUDENT_ARGS:
-            raise UserError(f"--student_args {name}: a student starts from random weights")
-        try:
-            kwargs[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            kwargs[name] = value  # a word
-    return kwargs
-
-
-def problems(cfg) -> list[str]:
-    """What does not fit the models of a Config, found before anything is downloaded or written."""
-    known, found = timm.list_models(), []
-    sides = [("teacher", *_teacher_spec(cfg.teacher), [*TEACHERS, "demo", *known])]
-    try:
-        sides.append(("student", cfg.student, student_kwargs(cfg.student_args), known))
-    except UserError as error:
-        found.append(str(error))
-    for role, name, kwargs, names in sides:
-        size = getattr(cfg, f"{role}_size")
-        if name.split(".")[0] not in known:
-            found.append(f"--{role} {name}: not among the models of timm {timm.__version__}"
-                         f"{nearest(name, names)}")
-            continue
-        try:
-            info = describe(name, size, tuple(kwargs.items()))
-        except UserError as error:
-            found.append(f"--{role}_size: {error}")
-        except Exception as error:  # timm models fail in many ways on what they do not take
-            found.append(f"--{role} {name} cannot be used at {size} px with {kwargs}: {error}")
-        else:
-            found += _student_problems(cfg, info) if role == "student" else []
-    return found
-
-
-def _student_problems(cfg, info: dict) -> list[str]:
-    found, name = [], cfg.student
-    if info["parameters"] > cfg.max_student_params:
-        found.append(f"--student {name}: {info['parameters'] / 1e6:.1f} M parameters, more than "
-                     f"--max_student_params {cfg.max_student_params / 1e6:.0f} M")
-    if cfg.batch_size == int(os.environ.get("WORLD_SIZE", 1)) and info["batch_norm"]:
-        found.append(f"--batch_size {cfg.batch_size}: {name} has batch norm, which needs two "
-                     "images in every process")
-    return found
-
-
-def check_sums(path) -> None:
-    """Raise BadZipFile if bits have changed in what torch.save wrote; torch.load does not look.
-
-    torch.save leaves its checksums in the file, and compresses nothing: what is compressed is not
-    its own and might unpack to any size.
-    """
-    with zipfile.ZipFile(path) as file:
-        if any(record.compress_type for record in file.infolist()):
-            raise zipfile.BadZipFile("it is compressed")
-        if bad := file.testzip():
-            raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
-
-
-def check_header(path) -> None:
-    """Raise ValueError if a safetensors file lists more than any model has.
-
-    A file of 87 MB that is nothing but a list of empty tensors keeps the library busy for two
-    minutes, in 2 GB of memory.
-    """
-    with open(path, "rb") as file:
-        if (size := int.from_bytes(file.read(8), "little")) > MAX_HEADER:
-            raise ValueError(f"its header has {size:,} bytes, more than {MAX_HEADER:,}")
-
-
-def build_student(name: str, image_size: int, pool: str = "cls", **timm_kwargs) -> Backbone:
-    """A randomly initialised student for image_size; seed torch first to repeat it."""
-    shape = describe(name, image_size, tuple(timm_kwargs.items()))
-    net = timm.create_model(name, num_classes=0, **shape["arguments"])
-    return Backbone(net, image_size, shape, pool)
-
-
 def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
-    """The frozen teacher, in eval mode, for image_size.
+    """The frozen teacher, in eval mode, for image_size; attribute fingerprint names its weights.
 
     name: an official DINOv2 name, "demo", or any timm model. weights: a local file, .pth of the
     official DINOv2 release or .pth / .safetensors of timm; "" takes timm's from the Hub.
     DINOv2 features equal the official code's at every size: see `official_position_table`.
-    Raises UserError: no network, unknown weights, a file that is not this model's.
+    Raises UserError as `load_net`.
     """
-    timm_name, kwargs = _teacher_spec(name)
-    shape = describe(timm_name, image_size, tuple(kwargs.items()))
+    timm_name, arguments = teacher_spec(name)
+    timm_arguments(timm_name, image_size, arguments)  # raises before anything is downloaded
     if name == "demo":
-        weights, kwargs = weights or str(DEMO_TEACHER), dict(kwargs, img_size=DEMO_SIZE)
-    overlay = dict(file=weights) if weights else None
-    advice = "--teacher_weights FILE with the downloaded weights"
-    if weights and not Path(weights).is_file():
-        raise UserError(f"--teacher_weights {weights}: no such file")
-    if not weights:
-        hub_online()
-    try:
-        if weights.endswith(".safetensors"):
-            check_header(weights)
-        elif weights and zipfile.is_zipfile(weights):
-            check_sums(weights)
-        # At its native size first: the full position table is needed below.
-        net = timm.create_model(
-            timm_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs
-        )
-    except Exception as error:
-        if weights:
-            raise UserError(f"--teacher_weights {weights} does not fit {timm_name}: "
-                            f"{reason(error)}") from error
-        raise hub_error(f"the weights of {timm_name}", advice, error) from error
+        weights = weights or str(DEMO_TEACHER)
+    net = load_net(timm_name, weights, **arguments)  # at its native size, with its whole table
+    digest = hashlib.sha256()
+    for value in net.state_dict().values():
+        digest.update(value.numpy().tobytes())
     if hasattr(net, "set_input_size"):
         table = net.pos_embed
         net.set_input_size(img_size=image_size)
         if "dinov2" in timm_name and "reg4" not in timm_name:
             net.pos_embed = nn.Parameter(official_position_table(table, net.patch_embed.grid_size))
-    return Backbone(net.requires_grad_(False).eval(), image_size, shape)
+    teacher = Backbone(net.requires_grad_(False), image_size)
+    teacher.fingerprint = digest.hexdigest()[:12]
+    return teacher
 
 
 def official_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """DINOv2's position table for another grid, as the official code resamples it.
 
-    table: [1, 1 + G * G, D] with the CLS position first; grid: (rows, columns). Returns
-    [1, 1 + rows * columns, D]. The official models without registers were made with bicubic
-    interpolation, no anti-aliasing, and a scale factor of (g + 0.1) / G in place of the size; timm
-    passes the size and anti-aliases, which moves patch tokens by up to 10% at 98 px. The models
-    with registers do as timm does.
+    table: [1, 1 + G * G, D] with the CLS position first. Returns [1, 1 + rows * columns, D]. The
+    official code for models without registers interpolates without anti-aliasing, by a scale factor
+    of (g + 0.1) / G in place of the size. timm passes the size and anti-aliases, which moves patch
+    tokens by up to 10% at 98 px. For models with registers the official code does as timm does.
     """
-    G = int((table.shape[1] - 1) ** 0.5)
+    G = math.isqrt(table.shape[1] - 1)
     if grid == (G, G):
         return table
     patches = table[:, 1:].reshape(1, G, G, -1).permute(0, 3, 1, 2)
@@ -281,163 +239,205 @@ def official_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([table[:, :1], patches.flatten(2).mT], 1)
 
 
-def resample_patches(patches: Tensor, grid: tuple, new_grid: tuple) -> Tensor:
-    """Patch tokens [B, N, D] on one grid -> [B, N', D] on another, by position in the image."""
-    if tuple(grid) == tuple(new_grid):
-        return patches
-    maps = patches.float().mT.unflatten(2, grid)
-    maps = F.interpolate(maps, size=new_grid, mode="bilinear", antialias=True, align_corners=False)
-    return maps.flatten(2).mT
-
-
-# ---------------------------------------------------------------------------- loss
+def problems(cfg: Config) -> list[str]:
+    """What does not fit the models of a Config, found before anything is downloaded or written."""
+    found = []
+    for side in ("teacher", "student"):
+        name, size = getattr(cfg, side), getattr(cfg, f"{side}_size")
+        try:
+            timm_name, arguments = teacher_spec(name)
+            if side == "student":
+                timm_name, arguments = name, student_arguments(cfg.student_args)
+            with torch.device("meta"):
+                build_student(timm_name, size, **arguments)
+        except Exception as error:  # timm models fail in many ways on what they do not take
+            found.append(f"--{side} {name} at {size} px: {reason(error)}")
+    return found
 
 
 def cosine_loss(student: Tensor, target: Tensor) -> Tensor:
-    """Mean cosine distance, 1 - cos: (..., D) of any float dtype, reduced in float32, in [0, 2]."""
-    return 1 - F.cosine_similarity(student.float(), target.float(), dim=-1).mean()
+    """Cosine distance of each token: (..., D), any float dtype -> float32 (...), in [0, 2]."""
+    return 1 - F.cosine_similarity(student.float(), target.float(), dim=-1)
 
 
 def mse_loss(student: Tensor, target: Tensor) -> Tensor:
-    """Mean over D of the squared difference of unit vectors.
+    """Mean squared difference of unit vectors, (2 - 2 cos) / D: (..., D) -> float32 (...).
 
-    Equals (2 - 2 cos) / D: the cosine loss's direction, D / 2 times smaller. AdamW divides by the
-    gradient's size and so hardly notices (results/recipe); SGD and gradient clipping do.
+    The direction of the cosine loss, with gradients D / 2 times smaller.
     """
-    return F.mse_loss(F.normalize(student.float(), dim=-1), F.normalize(target.float(), dim=-1))
+    difference = F.normalize(student.float(), dim=-1) - F.normalize(target.float(), dim=-1)
+    return difference.square().mean(-1)
 
 
 LOSSES = dict(cosine=cosine_loss, mse=mse_loss)
 
 
+def resample_patches(patches: Tensor, grid: tuple, new_grid: tuple) -> Tensor:
+    """Patch tokens [B, N, D] on one grid -> [B, N', D] on another, by position in the image."""
+    if grid == new_grid:
+        return patches
+    maps = patches.float().mT.unflatten(2, grid)
+    maps = F.interpolate(maps, size=new_grid, mode="bilinear", antialias=True)
+    return maps.flatten(2).mT
+
+
 class Head(nn.Module):
     """Brings teacher and student to one width; nothing on the teacher's side ever trains.
 
-    Teacher: target = ((features - mean) @ basis) / scale, all three set once by `fit`.
-      pca      basis = the principal axes, Ds of them. A narrower teacher (Dt < Ds) fills the
-               first Dt dimensions and leaves the others zero.
+    Teacher: target = (features - mean) @ basis / scale, all three set once by `fit`.
+      pca      basis = the Ds principal axes. A narrower teacher (Dt < Ds) fills the first Dt
+               dimensions and leaves the others zero. For ViTs.
       frozen   basis = random orthonormal axes.
-      linear   no basis.
-    Student: predict(features) is the identity for pca and frozen, so that what was trained is what
-    is used, and a trained map Ds -> Dt, thrown away afterwards, for linear. That is for conv nets:
-    most end behind a ReLU and cannot say targets that are centred. pca costs ResNet-10t 5 points of
-    k-NN, and ConvNeXt-Atto, without a ReLU, 2; linear costs a ViT 3 (results/recipe).
+      linear   basis = the identity.
+    Student: predict(features) is the identity for pca and frozen, and a trained map Ds -> Dt for
+    linear, thrown away afterwards. That is for conv nets: most end in a ReLU, so they cannot output
+    the negative values that centred targets need.
 
-    The mean goes because a teacher's features share a common part, on which a cosine is spent for
-    nothing; accuracy hardly shows it, the student's spread does. The scale is each dimension's
-    standard deviation to the power `whiten`: a few principal axes hold most of the variance, and a
-    cosine hardly looks at the others. By the root of it (half whitened, WHITEN) all of them count,
-    and those that are mostly noise not too much: 1 to 3 points of k-NN on CIFAR-10
-    (results/recipe). Random axes hold much the same variance and are left as they are; a trained
-    map meets whole whitened targets. A trained map on this side instead of these constants would
-    let both sides agree on a constant.
+    The mean is removed because the features of all images share a large common part. The scale is
+    each dimension's standard deviation to the power `whiten`: a few principal axes hold most of the
+    variance and dominate the cosine; half whitening lets the others count (results/recipe).
     """
 
     def __init__(self, kind: str, student_dim: int, teacher_dim: int):
         super().__init__()
         self.kind, self.whiten = kind, WHITEN[kind]
-        fixed = kind in ("pca", "frozen")
-        self.out_dim = student_dim if fixed else teacher_dim
+        if kind == "linear":
+            width = teacher_dim
+            self.predict = nn.Linear(student_dim, teacher_dim)
+        else:
+            width = student_dim
+            self.predict = nn.Identity()
         self.register_buffer("mean", torch.zeros(teacher_dim))
-        self.register_buffer("basis", torch.eye(teacher_dim, student_dim) if fixed else None)
-        self.register_buffer("scale", torch.ones(self.out_dim))
-        self.predict = nn.Identity() if fixed else nn.Linear(student_dim, teacher_dim)
+        self.register_buffer("basis", torch.eye(teacher_dim, width))
+        self.register_buffer("scale", torch.ones(width))
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
         """Measure mean, axes and scale on teacher features float32 [n, Dt]. Deterministic."""
         self.mean.copy_(features.mean(0))
-        centred = features - self.mean
         if self.kind == "pca":
+            centred = features - self.mean
             covariance = (centred.T @ centred).double().cpu() / len(centred)
-            axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)
-            axes = axes[:, : self.out_dim].to(self.basis)
-            self.basis.zero_()[:, : axes.shape[1]] = axes
+            axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : len(self.scale)]
+            # The sign of an eigenvector is arbitrary: the largest entry is made positive.
+            largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+            self.basis.zero_()[:, : axes.shape[1]] = axes * largest.sign()
         elif self.kind == "frozen":
-            random = torch.randn(self.basis.shape, generator=torch.Generator().manual_seed(0))
-            tall = random if random.shape[0] >= random.shape[1] else random.T
-            axes = torch.linalg.qr(tall).Q
-            self.basis.copy_(axes if axes.shape == random.shape else axes.T)
-        std = (centred @ self.basis if self.basis is not None else centred).std(0, correction=0)
+            generator = torch.Generator().manual_seed(0)
+            axes = nn.init.orthogonal_(torch.empty(self.basis.shape), generator=generator)
+            self.basis.copy_(axes)
+        std = ((features - self.mean) @ self.basis).std(0, correction=0)
         self.scale.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0) ** self.whiten)
 
     @torch.no_grad()
     def target(self, features: Tensor) -> Tensor:
-        """Teacher features (..., Dt) -> float32 targets (..., out_dim)."""
+        """Teacher features (..., Dt) -> float32 targets (..., Ds), for linear (..., Dt)."""
         with torch.autocast(features.device.type, enabled=False):
-            centred = features.float() - self.mean
-            return (centred @ self.basis if self.basis is not None else centred) / self.scale
+            return (features.float() - self.mean) @ self.basis / self.scale
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {len(self.mean)} -> {len(self.scale)}, whiten={self.whiten}"
+
+
+# What is distilled: name -> function of Features that returns tokens [B, T, D]. Each term has a
+# Head, a weight in `Distiller.weights`, and a loss and a cosine in the log.
+TERMS = dict(cls=lambda features: features.cls[:, None], patch=lambda features: features.patches)
 
 
 class Distiller(nn.Module):
-    """Student, heads (for "auto" those that suit the student) and loss as one module.
+    """The objective: student, a head for each term, and the loss, as one module.
 
-    forward: student_images [B, 3, S, S] and what `targets` returned [B, 1 + N, K] -> (loss, stats
-    [6]): the scalar to minimise, and loss, cls loss, patch loss, teacher-student cosine, and the
-    spread (mean pairwise cosine over the batch) of student and of targets.
+    A fork overrides what it changes and is passed to `train.main(cfg, objective=Fork)`. Whatever it
+    registers (parameters, buffers, modules) is saved in checkpoints and restored. torch is seeded
+    anew at every step, so random numbers drawn in a step are those of an undisturbed run.
+
+    view: number of the crop. index int64 [B]: positions of the images in the store, on the CPU.
     """
 
-    STATS = ("loss", "cls", "patch", "cos", "spread", "target_spread")
+    terms = TERMS
 
-    def __init__(self, student: Backbone, teacher: Backbone, cfg):
+    def __init__(self, student: Backbone, teacher: Backbone, cfg: Config):
         super().__init__()
-        self.student, self.grid, self.teacher_grid = student, student.grid, teacher.grid
-        dims = student.embed_dim, teacher.embed_dim
-        kind = ("pca" if student.tokens else "linear") if cfg.head == "auto" else cfg.head
-        self.cls_head, self.patch_head = (Head(kind, *dims) for _ in range(2))
+        self.student, self.teacher_grid, self.cfg = student, teacher.grid, cfg
+        kind = cfg.head
+        if kind == "auto":
+            kind = "pca" if student.outputs_tokens else "linear"
+        self.heads = nn.ModuleDict(
+            {name: Head(kind, student.embed_dim, teacher.embed_dim) for name in self.terms})
         self.distance = LOSSES[cfg.loss]
-        self.cls_weight, self.patch_weight = cfg.cls_weight, cfg.patch_weight
+        self.weights = dict(cls=cfg.cls_weight, patch=cfg.patch_weight)
 
-    @property
-    def heads(self) -> nn.ModuleDict:
-        """Both heads: their state is saved, and loaded as strictly as the student's."""
-        return nn.ModuleDict(dict(cls_head=self.cls_head, patch_head=self.patch_head))
+    def shared_view(self, images: Tensor, view: int, index: Tensor) -> Tensor:
+        """Augmentation that both networks see: images [B, 3, S, S] in [0, 1] -> the same.
 
-    def fit_heads(self, teacher_features) -> None:
-        """Fit both heads on an iterable of the teacher's Features."""
-        generator = torch.Generator().manual_seed(0)
-        cls, tokens = [], []
-        for features in teacher_features:
-            patches = resample_patches(features.patches, self.teacher_grid, self.grid).flatten(0, 1)
-            some = torch.randperm(len(patches), generator=generator)
-            some = some[: TOKENS_PER_IMAGE * len(features.cls)].to(patches.device)
-            cls.append(features.cls.float())
-            tokens.append(patches[some].float())
-        self.cls_head.fit(torch.cat(cls))
-        self.patch_head.fit(torch.cat(tokens))
+        Called at the teacher's size and at the student's. Targets are cached, so it may depend on
+        (cfg.seed, view, index) alone.
+        """
+        return images
+
+    def student_view(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
+        """Augmentation that only the student sees, after `shared_view`."""
+        return images
+
+    def embed(self, backbone: Backbone, images: Tensor) -> Features:
+        """Student or teacher: images [B, 3, S, S] -> Features."""
+        return backbone(images)
+
+    def on_student_grid(self, features: Features) -> Features:
+        """The teacher's Features, every field [B, N, D] resampled to the student's grid."""
+        return features._make(
+            resample_patches(x, self.teacher_grid, self.student.grid) if x.ndim == 3 else x
+            for x in features)
+
+    def fit(self, teacher_features) -> None:
+        """Fit the heads on an iterable of the teacher's Features."""
+        collected = {name: [] for name in self.terms}
+        for features in map(self.on_student_grid, teacher_features):
+            for name, tokens_of in self.terms.items():
+                tokens = tokens_of(features).float()
+                count = tokens.shape[1]
+                some = torch.linspace(0, count - 1, min(count, TOKENS_PER_IMAGE)).round().long()
+                collected[name].append(tokens[:, some].flatten(0, 1))
+        for name, head in self.heads.items():
+            head.fit(torch.cat(collected[name]))
 
     def targets(self, features: Features) -> Tensor:
-        """The teacher's Features -> float32 targets [B, 1 + N, K] on our grid, the CLS first."""
-        patches = resample_patches(features.patches, self.teacher_grid, self.grid)
-        targets = self.cls_head.target(features.cls)[:, None], self.patch_head.target(patches)
-        return torch.cat(targets, 1)
+        """The teacher's Features -> float32 targets [B, T, D], the terms one after the other."""
+        features = self.on_student_grid(features)
+        tokens = [self.heads[name].target(of(features)) for name, of in self.terms.items()]
+        return torch.cat(tokens, 1)
 
-    def forward(self, student_images, targets):
-        cls_target, patch_target = targets[:, 0], targets[:, 1:]
-        features = self.student(student_images)
-        cls = self.cls_head.predict(features.cls)
-        cls_loss = self.distance(cls, cls_target)
-        patch_loss = self.distance(self.patch_head.predict(features.patches), patch_target)
-        loss = self.cls_weight * cls_loss + self.patch_weight * patch_loss
-        with torch.no_grad():
-            cos = F.cosine_similarity(cls.float(), cls_target.float(), dim=-1).mean()
-            stats = torch.stack([loss, cls_loss, patch_loss, cos, spread(cls), spread(cls_target)])
-        return loss, stats
+    def term_loss(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
+        """A term's predictions and targets [B, T, D] -> a scalar. The place for masks."""
+        return self.distance(prediction, target).mean()
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's view [B, 3, S, S] and targets [B, T, D] -> (loss, scalars for the log)."""
+        features = self.embed(self.student, images)
+        predictions = {name: self.heads[name].predict(of(features))
+                       for name, of in self.terms.items()}
+        targets = targets.split([tokens.shape[1] for tokens in predictions.values()], 1)
+        loss, stats = 0.0, {}
+        for (name, prediction), target in zip(predictions.items(), targets, strict=True):
+            stats[name] = self.term_loss(name, prediction, target)
+            loss = loss + self.weights[name] * stats[name]
+            stats[f"cos_{name}"] = 1 - cosine_loss(prediction.detach(), target).mean()
+        first = next(iter(predictions.values()))
+        stats["similarity"] = mean_similarity(first[:, 0].detach())
+        stats["target_similarity"] = mean_similarity(targets[0][:, 0])
+        return loss, dict(loss=loss, **stats)
+
+    def after_step(self, step: int) -> None:
+        """Called after every optimiser step: averages, queues."""
+
+    @property
+    def evaluated(self) -> Backbone:
+        """What is evaluated and exported."""
+        return self.student
 
 
-def fingerprint(*parts) -> str:
-    """A name for what determines a teacher's targets: modules, tensors, values with a repr."""
-    digest = hashlib.sha256()
-    for part in parts:
-        tensors = part.state_dict().values() if isinstance(part, nn.Module) else [part]
-        for value in tensors:
-            tensor = isinstance(value, Tensor)
-            digest.update(value.cpu().numpy().tobytes() if tensor else repr(value).encode())
-    return digest.hexdigest()[:16]
-
-
-def spread(embeddings: Tensor) -> Tensor:
-    """Mean pairwise cosine of [B, D]: near 1 means that all images look alike to the model.
+def mean_similarity(embeddings: Tensor) -> Tensor:
+    """Mean cosine of different images' embeddings [B, D]; near 1 all images are embedded alike.
 
     The sum of all B^2 cosines is the squared length of the sum of the unit vectors.
     """
@@ -446,7 +446,44 @@ def spread(embeddings: Tensor) -> Tensor:
     return (unit.sum(0).square().sum() - B) / max(B * (B - 1), 1)
 
 
-# ---------------------------------------------------------------------------- hardware
+def save_checkpoint(path: Path, run, step: int) -> None:
+    """Write all that continues, evaluates or exports a run: tensors, numbers, text, no code."""
+    state = dict(
+        format=FORMAT, step=step, epoch=step / run.steps_per_epoch, history=run.history,
+        student=run.objective.evaluated.net.state_dict(), objective=run.objective.state_dict(),
+        optimiser=run.optimiser.state_dict(), scaler=run.scaler.state_dict(), fixed=run.fixed,
+        config=dataclasses.asdict(run.cfg), commit=environment(run.device)["commit"])
+    write_atomically(path, functools.partial(torch.save, state))
+
+
+def load_checkpoint(path: Path) -> tuple[dict, Config]:
+    """What `save_checkpoint` wrote -> (its contents, its Config). Runs no code from the file.
+
+    A setting that the file lacks takes its default. Raises UserError when a bit has changed, and
+    for files of another program or version.
+    """
+    try:
+        check_sums(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError("it is another program's, or of an earlier version of this one")
+        cfg = Config(**saved["config"])
+        if missing := dataclasses.asdict(cfg).keys() - saved["config"].keys():
+            log.warning(f"{path} lacks {', '.join(sorted(missing))}: the defaults are taken")
+        if wrong := wrong_values(cfg):
+            raise ValueError(f"its config has {wrong[0]}")
+    except Exception as error:
+        raise UserError(f"{path} is not a checkpoint that can be used here, or it is damaged "
+                        f"({reason(error)}). Take another one; in training --no_resume moves its "
+                        "run aside and starts afresh") from error
+    return saved, cfg
+
+
+def check_sums(path) -> None:
+    """Raise BadZipFile if bits have changed in what torch.save wrote; torch.load does not look."""
+    with zipfile.ZipFile(path) as file:
+        if bad := file.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
 
 
 def pick_device(name: str) -> torch.device:
@@ -456,21 +493,34 @@ def pick_device(name: str) -> torch.device:
         name = next(device for device, is_here in here.items() if is_here)
     if not here[name]:
         raise UserError(f"--device {name}: torch finds no such device here")
-    # On a CPU attention written out trains ViTs 1.4 to 1.7 times as fast as torch's fused one.
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in evaluation above all
+    # On a CPU, attention written out trains ViTs 1.4 to 1.7 times as fast as torch's fused one.
     timm.layers.set_fused_attn(name != "cpu")
     return torch.device(name)
 
 
-def cpu_has_bf16() -> bool:
-    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-
-
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """auto: bf16 where the hardware multiplies it, fp16 on older GPUs, else float32."""
-    if precision == "auto" and device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp16"
-    elif precision == "auto":
-        native = device.type == "cpu" and cpu_has_bf16()
-        precision = "bf16" if native else "fp32"
+    if precision == "auto":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)  # of torch 2.6 and later
+        bf16, other = capabilities().get("avx512_bf16") and device.type == "cpu", "fp32"
+        if device.type == "cuda":
+            bf16, other = torch.cuda.is_bf16_supported(including_emulation=False), "fp16"
+        precision = "bf16" if bf16 else other
     return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision in `dtype`, nothing for float32. It can be entered any number of times."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@functools.cache
+def environment(device: torch.device) -> dict[str, str]:
+    """What results depend on: versions, device, and the git commit, "-dirty" if changed since."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    folder = shlex.quote(str(Path(__file__).parent))
+    failed, commit = subprocess.getstatusoutput(
+        f"git -C {folder} describe --always --dirty --abbrev=40 --exclude='*'")
+    return dict(torch=torch.__version__, timm=timm.__version__, device=name,
+                commit="unknown" if failed else commit)

@@ -5,10 +5,10 @@
     python train.py --dataset ../my_images --student resnet18
     torchrun --nproc_per_node=4 train.py --dataset cifar10  # the same losses on four GPUs
 
-Each step: cut one view out of each image of a batch, show it to the student, show it to the teacher
-or look up what that said of it before, and pull the student's CLS and patch embeddings towards the
-teacher's. The same command continues an interrupted run, from any step, with the weights it would
-have had.
+First the teacher embeds a few views (crops) of every image, and its targets are cached. Then each
+step cuts one of these views out of each image of a batch, embeds it with the student, and pulls the
+student's CLS and patch embeddings towards the targets. The same command continues an interrupted
+run, from any step, to the weights that it would have had.
 
 Writes into the run folder: config.json, train.log, metrics.jsonl, views.png, checkpoint_latest.pth,
 checkpoint_epoch_N.pth, and at the end student.safetensors, which plain timm loads.
@@ -18,495 +18,519 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 import logging
 import math
 import os
-import platform
+import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import timm
+import timm.optim
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import data
 import eval as evaluation
 import model as models
-from config import FREE_ON_RESUME, Config, EvalConfig, UserError, cli, reason, validate
+from config import Config, EvalConfig, UserError, cli, reason, validate, write_atomically
+from model import Distiller, environment
 
+BETAS = 0.9, 0.999  # AdamW's
 STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
-SAVE_SECONDS = 10, 600  # shortest and longest time between two writes of checkpoint_latest.pth
+SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
-COLLAPSED, DIVERSE = 0.95, 0.8  # warn of a student spread above, with a target spread below
-BETAS = 0.9, 0.999
-RANK_WAIT = datetime.timedelta(hours=1)  # for another process: it may be decoding, or judging
+COLLAPSED = 0.95  # warn when the student's embeddings are more alike than this,
+DIVERSE = 0.8  # and the targets less
+CHECKED = 16  # cached targets that are compared with the teacher's
+SAME = 0.99  # the least cosine of these
+DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
+STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
 log = logging.getLogger("distill")
 
 
 def learning_rate(step: int, steps_per_epoch: int, cfg: Config) -> float:
-    """Linear warm-up, then half a cosine from cfg.lr to cfg.min_lr."""
+    """Linear warm-up, then half a cosine from cfg.lr to 0."""
     total = cfg.epochs * steps_per_epoch
     warmup = min(int(cfg.warmup_epochs * steps_per_epoch), total // 5)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for matrices and kernels; none for biases, norms, position tables and class tokens."""
-    decayed, plain = dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            token = name.endswith(("pos_embed", "cls_token", "reg_token"))
-            (plain if p.ndim <= 1 or token else decayed)["params"].append(p)
-    return [decayed, plain]
+    """No decay for biases, norms, position tables and tokens; then decay for all others."""
+    names = [name for name, _ in module.named_parameters()]
+    tokens = [name for name in names if name.endswith(("pos_embed", "_token"))]
+    return timm.optim.param_groups_weight_decay(
+        module, weight_decay, no_weight_decay_list=tokens)
 
 
-def write_atomically(path: Path, write) -> None:
-    """Run write(temporary path), flush it to the disk, and only then give it its name.
+class Run:
+    """What the loop works with: data, models, optimiser. Making one writes nothing but the store.
 
-    Raises UserError when it cannot be written; what had the name before is intact.
+    A checkpoint holds the state of objective, optimiser and scaler; the rest follows from `cfg`.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {reason(error)}. Make space, then the same command "
-                        "goes on from the last checkpoint") from error
+
+    def __init__(self, cfg: Config, objective, device: torch.device, rank: int, world: int):
+        self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
+        self.dtype = models.pick_dtype(cfg.precision, device)
+        self.autocast = models.autocast(device, self.dtype)
+        size = max(cfg.teacher_size, cfg.student_size)
+        self.store = data.open_store(cfg, cfg.train_split, size, cfg.max_samples)
+        self.steps_per_epoch = -(-len(self.store) // cfg.batch_size)
+        self.total_steps = cfg.epochs * self.steps_per_epoch
+        if len(self.store) < cfg.batch_size:
+            raise UserError(f"{len(self.store)} images, fewer than --batch_size {cfg.batch_size}")
+        teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
+        self.teacher = teacher.to(device)  # None once its targets are cached
+        self.objective = objective(models.student_of(cfg).train(), teacher, cfg).to(device)
+        groups = parameter_groups(self.objective, cfg.weight_decay)
+        self.optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=BETAS, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.bench = evaluation.Bench(cfg, *QUICK_EVAL) if cfg.eval_every and rank == 0 else None
+        self.images = self.store.images  # uint8 [I, 3, S, S]: a RowFile, or a Tensor on a GPU
+        self.targets = []  # with a cache: for each view codes int8 [I, T, D + 2], likewise
+        self.history = []  # the lines of metrics.jsonl
+        # What determines the student: it must be the same when the run is continued.
+        self.fixed = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)
+                      if not field.metadata["free"]}
+        self.fixed |= dict(objective=objective.__qualname__, images=self.store.fingerprint,
+                           weights=teacher.fingerprint)
+
+    def boxes(self, view: int) -> Tensor:
+        return data.view_boxes(self.cfg.seed, view, len(self.store), self.cfg.crop_scale)
 
 
-class LogFile(logging.FileHandler):
-    def handleError(self, record):
-        raise  # a full disk; logging would print a traceback and go on
+def start(run: Run) -> int:
+    """Restore the last checkpoint or fit the heads; cache targets. Returns the step to begin at.
+
+    Nothing of the run is written before its settings, data and teacher are known to agree.
+    """
+    cfg, path, saved = run.cfg, run.cfg.run_path, None
+    latest = path / "checkpoint_latest.pth"
+    if run.rank == 0 and cfg.resume and latest.exists():
+        saved, _ = models.load_checkpoint(latest)
+    if saved:
+        refuse_changes(f"{path} holds a run with other settings; choose another --run_dir, or "
+                       "--no_resume to move it aside", saved["fixed"], run.fixed)
+    if run.world > 1:
+        saved = share(run, saved)
+    if run.rank == 0:
+        if path.exists() and not cfg.resume:
+            path.rename(f"{path}.old-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+    open_log(run)
+    if saved:
+        restore(run, saved)
+    else:
+        rows = data.epoch_order(len(run.store), cfg.seed, 0)[:STAT_IMAGES]
+        run.objective.fit(embed_stored(run, 0, data.chunks(rows), "fitting the heads"))
+    compile_networks(run)
+    if run.rank == 0:
+        save_views(run)
+    step = saved["step"] if saved else 0
+    if cfg.teacher_views and step < run.total_steps:
+        cache_targets(run)
+    run.logged_at = run.saved_at = time.monotonic()
+    return step
 
 
-def open_log(run: Path, rank: int) -> None:
-    """Log lines go to the terminal and to train.log; ranks other than 0 only complain."""
-    log.handlers.clear()
-    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    log.propagate = False
-    files = [LogFile(run / "train.log")] if rank == 0 else []
-    for handler in (logging.StreamHandler(sys.stdout), *files):
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+def refuse_changes(message: str, before: dict, now: dict) -> None:
+    """Raise UserError with the settings that differ, if any do."""
+    changed = [f"\n  - {name}: {before.get(name)!r}, now {value!r}" for name, value in now.items()
+               if before.get(name) != value]
+    if changed:
+        raise UserError(message + "".join(changed))
 
 
-def forget_after(step: int, path: Path) -> None:
-    """Drop the lines of metrics.jsonl that a continued run will write again, and a torn one."""
-    kept = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+def share(run: Run, saved: dict | None) -> dict | None:
+    """Give rank 0's checkpoint to all processes, which must have the same settings and images."""
+    mine = run.fixed | {field.name: getattr(run.cfg, field.name)
+                        for field in dataclasses.fields(Config) if not field.metadata["local"]}
+    every = [None] * run.world
+    dist.all_gather_object(every, mine)
+    for other in every:
+        refuse_changes("all processes need the same command and images", every[0], other)
+    shared = [saved]
+    dist.broadcast_object_list(shared, 0)
+    return shared[0]
+
+
+def open_log(run: Run) -> None:
+    """Log to the terminal and to train.log, from rank 0 alone; begin with what the run is."""
+    log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
+    log.setLevel(logging.INFO if run.rank == 0 else logging.ERROR)
+    if run.rank == 0:
+        log.addHandler(logging.FileHandler(run.cfg.run_path / "train.log"))
+    log.info(f"{run.cfg}\n{environment(run.device)}, {run.dtype}, {run.world} processes")
+    log.info(f"{len(run.store)} images of {run.store.size} px, {run.steps_per_epoch} steps/epoch, "
+             f"{len(run.store.info['unreadable'])} unreadable images left out")
+    log.info(f"teacher: {run.teacher}\nstudent: {run.objective.student}")
+
+
+def restore(run: Run, saved: dict) -> None:
+    """Take over what a checkpoint holds."""
+    run.history = saved["history"]
+    run.objective.load_state_dict(saved["objective"])
+    run.optimiser.load_state_dict(saved["optimiser"])
+    if saved["scaler"]:  # of a run in fp16; --precision may have changed since
+        run.scaler.load_state_dict(saved["scaler"])
+    log.info(f"continuing at step {saved['step']} of {run.total_steps}")
+    if saved["commit"] != environment(run.device)["commit"]:
+        log.warning(f"the checkpoint was written at commit {saved['commit']}")
+
+
+def save_views(run: Run) -> None:
+    """views.png: stored images of the first batch, what the teacher and what the student sees."""
+    cfg, objective = run.cfg, run.objective
+    rows = data.epoch_order(len(run.store), cfg.seed, 0)[:8]
+    images, index = torch.from_numpy(run.store.images[rows]), torch.from_numpy(rows)
+    teacher, student = (
+        objective.shared_view(data.render(images, run.boxes(0)[rows], size), 0, index)
+        for size in (cfg.teacher_size, cfg.student_size))
+    shown = data.render(images, None, 96), teacher, objective.student_view(student, 0, index)
+    shown = [F.interpolate(x, 96, mode="bicubic", antialias=True) for x in shown]
+    torchvision.utils.save_image(torch.cat(shown), cfg.run_path / "views.png", nrow=len(rows))
+
+
+def compile_networks(run: Run) -> None:
+    """torch.compile in place, so that names stay plain; eager where nothing can compile.
+
+    On CUDA the student's step becomes CUDA graphs: launching its small kernels takes longer than
+    running them (results/speed/h100.txt).
+    """
+    cuda = run.device.type == "cuda"
+    if run.cfg.compile == "on" or (run.cfg.compile == "auto" and cuda):
+        try:
+            torch.compile(torch.sin)(torch.ones(1, device=run.device))
+        except Exception as error:  # no compiler, no Triton, an old GPU
+            log.warning(f"not compiled: {reason(error)}")
+            return
+        run.objective.compile(mode="reduce-overhead" if cuda else None)
+        for block in getattr(run.teacher.net, "blocks", []):
+            block.compile(dynamic=False)
+
+
+def cache_folder(run: Run) -> Path:
+    """The folder of the cached targets: its name is a hash of what determines them."""
+    cfg, objective = run.cfg, run.objective
+    methods = [getattr(objective, name).__qualname__ for name in
+               ("embed", "shared_view", "on_student_grid", "fit", "targets")]
+    key = [run.store.fingerprint, run.teacher.fingerprint, *methods, str(objective.heads),
+           objective.student.grid, run.dtype, cfg.seed, cfg.teacher_size, cfg.crop_scale]
+    digest = hashlib.sha256(str(key).encode()).hexdigest()
+    return Path(cfg.cache_dir) / "targets" / digest[:12]
+
+
+def cache_targets(run: Run) -> None:
+    """Fill `run.targets`, unless an earlier run has filled the cache, and drop the teacher.
+
+    The cache belongs to one version of the heads, which is stored with it and taken over here. Its
+    name does not depend on the code that computes targets: some are compared with the teacher's of
+    now. Raises UserError where they differ.
+    """
+    cfg, folder = run.cfg, cache_folder(run)
+    rows = np.arange(CHECKED) % len(run.store)
+    expected = run.objective.targets(next(embed_stored(run, 0, [rows], None)))
+    heads = folder / "heads.safetensors"
+    data.make_once(heads, functools.partial(write_heads, run))
+    run.objective.heads.load_state_dict(load_file(heads), strict=False)
+
+    shape = len(run.store), expected.shape[1], expected.shape[2] + 2
+    files = [folder / f"view_{view}.i8" for view in range(min(cfg.teacher_views, cfg.epochs))]
+    need = math.prod(shape) * sum(not file.exists() for file in files)
+    log.info(f"target cache {folder}: {len(files)} views, {need / 1e9:.2f} GB to be filled")
+    data.check_space(folder, need, "--teacher_views, of which 0 makes no cache")
+    first = len(files) * run.rank // run.world  # processes begin with different views
+    for view in np.roll(range(len(files)), -first).tolist():
+        fill = functools.partial(fill_view, run, view, math.prod(shape[1:]))
+        data.make_once(files[view], fill)
+    run.targets = [data.RowFile(file, np.int8, shape) for file in files]
+
+    cached = data.dequantise(torch.from_numpy(run.targets[0][rows]).to(run.device))
+    cos = F.cosine_similarity(cached.flatten(), expected.flatten(), dim=0)
+    if cos < SAME:
+        raise UserError(f"the target cache {folder} holds other targets (cosine {cos:.3f} to those "
+                        "of now): the program has changed since; delete that folder")
+    run.teacher = None
+    log.info("all targets are cached: the teacher is dropped")
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+        files = [run.images, *run.targets]
+        if sum(file.nbytes for file in files) < DEVICE_SHARE * torch.cuda.mem_get_info()[0]:
+            run.images, *run.targets = [file.to(run.device) for file in files]
+
+
+def write_heads(run: Run, path: Path) -> None:
+    save_file({name: value.cpu() for name, value in run.objective.heads.named_buffers()}, path)
+
+
+def fill_view(run: Run, view: int, row_bytes: int, path: Path) -> None:
+    """Write the codes of all images of a view, after those that an interrupted run has written."""
+    with open(path, "ab") as file:
+        # Whole chunks: a continued view is embedded in the same batches, and so to the same bits.
+        done = file.tell() // (row_bytes * data.CHUNK) * data.CHUNK
+        file.truncate(done * row_bytes)
+        parts = data.chunks(np.arange(done, len(run.store)))
+        for features in embed_stored(run, view, parts, f"targets of view {view}"):
+            file.write(data.quantise(run.objective.targets(features)).cpu().numpy().tobytes())
+        os.fsync(file.fileno())
+
+
+def embed_stored(run: Run, view: int, parts: list, title: str | None):
+    """Yield the teacher's Features of a view of stored images, for each of some parts of rows."""
+    boxes, reads = run.boxes(view), ((run.images, None, rows) for rows in parts)
+    for images, _, index in data.progress(data.read_ahead(read_rows, reads), title, len(parts)):
+        yield embed_view(run, images.to(run.device), boxes[index], view, index)
+
+
+@torch.inference_mode()
+def embed_view(run: Run, images: Tensor, boxes: Tensor, view: int, index: Tensor):
+    """The teacher's Features of a view of stored images [B, 3, S, S] on the device."""
+    pixels = data.render(images, boxes, run.cfg.teacher_size)
+    pixels = run.objective.shared_view(pixels, view, index)
+    with run.autocast:
+        return run.objective.embed(run.teacher, pixels)
+
+
+def batches(run: Run, epoch: int, view: int, first: int):
+    """Yield images and codes (or None) on the device, and the images' index [B] in the store.
+
+    This process's share of each batch of an epoch, from batch `first` on.
+    """
+    order = data.epoch_order(len(run.store), run.cfg.seed, epoch)
+    rows_of_batches = data.batch_rows(order, run.cfg.batch_size, run.rank, run.world)[first:]
+    codes = run.targets[view] if run.targets else None
+    if torch.is_tensor(run.images):
+        for index in map(torch.from_numpy, rows_of_batches):
+            there = data.to_device(index, run.device)
+            yield run.images[there], codes[there], index
+    else:
+        reads = ((run.images, codes, rows) for rows in rows_of_batches)
+        for images, some, index in data.read_ahead(read_rows, reads):
+            yield data.to_device(images, run.device), data.to_device(some, run.device), index
+
+
+def read_rows(images: data.RowFile, codes: data.RowFile | None, rows: np.ndarray):
+    """Some rows of images and codes, and their numbers, as tensors on the CPU."""
+    some = None if codes is None else torch.from_numpy(codes[rows])
+    return torch.from_numpy(images[rows]), some, torch.from_numpy(rows)
+
+
+def train_step(run: Run, images, codes, boxes, index, epoch: int, view: int, step: int) -> dict:
+    """One step on stored images [B, 3, S, S] and their boxes [B, 4]; returns its statistics."""
+    cfg, objective, optimiser, scaler = run.cfg, run.objective, run.optimiser, run.scaler
+    # Dropout, masks and the like follow from the step: a continued run repeats them.
+    torch.manual_seed(cfg.seed * 2**32 + step * run.world + run.rank)
+    if codes is None:
+        targets = objective.targets(embed_view(run, images, boxes, view, index))
+    else:
+        targets = data.dequantise(codes)
+    pixels = objective.shared_view(data.render(images, boxes, cfg.student_size), view, index)
+    pixels = objective.student_view(pixels, epoch, index)
+
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(step, run.steps_per_epoch, cfg)
+    optimiser.zero_grad(set_to_none=True)
+    with run.autocast:
+        loss, stats = objective(pixels, targets)
+    scaler.scale(loss).backward()
+    if run.world > 1:
+        average_gradients(objective, run.world)
+    scaler.unscale_(optimiser)
+    norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), cfg.grad_clip or math.inf)
+    scaler.step(optimiser)
+    scaler.update()
+    objective.after_step(step)
+    # Copies: the next replay of a CUDA graph overwrites what this one returned.
+    return {name: value.detach().clone() for name, value in (stats | dict(norm=norm)).items()}
+
+
+def average_gradients(module: torch.nn.Module, world: int) -> None:
+    """Mean gradients over all processes, by one all-reduce.
+
+    In place of DistributedDataParallel, which rules out CUDA graphs.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def report(run: Run, step: int, recent: list[dict]) -> None:
+    """Average the statistics of recent steps, check and log them; at an epoch's end evaluate.
+
+    Here, and nowhere else in a step, the host waits for the GPU.
+    """
+    cfg, seconds = run.cfg, time.monotonic() - run.logged_at
+    run.logged_at += seconds
+    means = torch.stack([torch.stack(list(stats.values())) for stats in recent]).mean(0) / run.world
+    if run.world > 1:
+        dist.all_reduce(means)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory *= 1 if sys.platform == "darwin" else 1024
+    if run.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    before = run.history[-1]["seconds"] if run.history else 0
+    line = dict(epoch=step / run.steps_per_epoch, step=step)
+    line |= zip(recent[0], means.tolist(), strict=True)
+    line |= dict(lr=run.optimiser.param_groups[0]["lr"], memory_gb=memory / 1e9,
+                 images_per_s=len(recent) * cfg.batch_size / max(seconds, 1e-9),
+                 seconds=before + seconds,
+                 seconds_left=(run.total_steps - step) * seconds / len(recent))
+    finite = math.isfinite(line["loss"])
+    if not run.scaler.is_enabled():  # in fp16 a norm may overflow: the scaler skips the step
+        finite = finite and math.isfinite(line["norm"])
+    if not finite:
+        raise UserError(f"loss {line['loss']}, gradient norm {line['norm']}, between steps "
+                        f"{step - len(recent)} and {step}. Try a lower --lr or --precision fp32; "
+                        "the last checkpoint is good")
+    run.history.append(line)
+    if run.rank > 0:
+        return
+    log.info(" ".join(f"{name} {value:.4g}" for name, value in line.items()))
+    alike = line.get("similarity", 0) > COLLAPSED and line.get("target_similarity", 1) < DIVERSE
+    if alike and step > run.total_steps / 5:  # before, it has only just begun
+        log.warning("the student embeds nearly all images alike: a collapse. Try a lower --lr, or "
+                    "a longer --warmup_epochs")
+    if cfg.eval_every and line["epoch"] % cfg.eval_every == 0:
+        quick_eval(run)
+    lines = "".join(json.dumps(line) + "\n" for line in run.history)
+    write_atomically(cfg.run_path / "metrics.jsonl", lambda path: path.write_text(lines))
+
+
+def quick_eval(run: Run) -> None:
+    """--eval_every: add k-NN accuracy, similarity and rank on part of the data to the metrics."""
+    quick = run.bench.evaluate(*run.bench.features(run.objective.evaluated), probe=False)
+    run.history[-1] |= {f"test_{name}": value for name, value in quick.items()}
+    log.info("test: " + " ".join(f"{name} {value:.4g}" for name, value in quick.items()))
+    run.objective.train()
+    run.logged_at = time.monotonic()
+
+
+def save(run: Run, step: int, stopping: bool) -> None:
+    """checkpoint_latest.pth when it is due, and checkpoint_epoch_N.pth before."""
+    every, epoch = run.cfg.save_every, step / run.steps_per_epoch
+    kept = step == run.total_steps or (every > 0 and (epoch == 1 or epoch % every == 0))
+    if kept:
+        models.save_checkpoint(run.cfg.run_path / f"checkpoint_epoch_{epoch:g}.pth", run, step)
+    if kept or stopping or time.monotonic() - run.saved_at > SAVE_SECONDS:
+        models.save_checkpoint(run.cfg.run_path / "checkpoint_latest.pth", run, step)
+        run.saved_at = time.monotonic()
+
+
+def export(run: Run) -> None:
+    """student.safetensors: weights under timm's names; the metadata states how to use them."""
+    cfg, student = run.cfg, run.objective.evaluated
+    about = dict(
+        model=cfg.student, args=json.dumps(run.objective.student.arguments, default=str),
+        image_size=str(cfg.student_size), mean=str(student.mean.flatten().tolist()),
+        std=str(student.std.flatten().tolist()), pool=cfg.pool, teacher=cfg.teacher,
+        commit=environment(run.device)["commit"])
+    weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
+    write_atomically(cfg.run_path / "student.safetensors",
+                     lambda path: save_file(weights, path, about))
 
 
 @contextlib.contextmanager
-def stop_signals(alone: bool):
-    """Collect SIGINT and SIGTERM instead of dying of them; alone, a later one stops at once.
+def processes(cfg: Config):
+    """Lock the run folder, join torchrun's process group if there is one -> device, rank, world."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, backend = models.pick_device(cfg.device), "gloo"
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus)
+        torch.cuda.set_device(device)
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus:  # NCCL: a GPU for each process
+            backend = "cpu:gloo,cuda:nccl"
+    if world > 1:  # a day: another process may be decoding, or filling the cache
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    path = cfg.run_path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = contextlib.nullcontext()
+    try:
+        if rank == 0:
+            lock = FileLock(f"{path}.lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training in {path}: choose another --run_dir, or wait "
+                        "for it") from None
+    with lock:
+        yield device, rank, world
+        if world > 1:
+            dist.destroy_process_group()
 
-    "Later" is by a second: `timeout` sends each signal twice. Under torchrun a later one means
-    nothing: it hands on what SLURM has sent to everyone, and it ends everyone as soon as the first
-    of them has ended.
-    """
-    received, times = [], []
 
-    def on_signal(number, frame):
-        received.append(number)
-        times.append(time.monotonic())
-        if alone and times[-1] - times[0] > 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    previous = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
+@contextlib.contextmanager
+def received_signals():
+    """Yield a list that collects SIGINT and SIGTERM, in place of ending the process."""
+    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, lambda number, frame: received.append(number)) for n in numbers]
     try:
         yield received
     finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
-def check_resumable(cfg: Config, saved: Config) -> None:
-    """Raise UserError listing every setting that would change what the saved run is learning."""
-    changed = [f"\n  - {f.name}: saved {getattr(saved, f.name)!r}, asked {getattr(cfg, f.name)!r}"
-               for f in dataclasses.fields(Config) if f.name not in FREE_ON_RESUME
-               and getattr(saved, f.name) != getattr(cfg, f.name)]
-    if changed:
-        raise UserError(f"{cfg.run_path} holds a run with other settings:{''.join(changed)}\n"
-                        "Choose another --run_dir, or --no_resume to move that run aside.")
+def must_stop(run: Run, step: int, received: list) -> bool:
+    """Whether to stop after this step; all processes return the same."""
+    if run.world == 1:
+        return len(received) > 0
+    if step % STOP_STEPS and step % run.steps_per_epoch:
+        return False
+    flag = torch.tensor([len(received)])  # on the CPU: no GPU has to wait
+    dist.all_reduce(flag)
+    return bool(flag)
 
 
-def check_ranks(mine: dict, world: int) -> None:
-    """Raise UserError in every process unless all are about to do the same."""
-    every = [None] * world
-    dist.all_gather_object(every, mine)
-    values = {name: sorted({str(one[name]) for one in every}) for name in mine}
-    differ = "".join(f"\n  - {n}: {' or '.join(v)}" for n, v in values.items() if len(v) > 1)
-    if differ:
-        raise UserError("the processes differ, but every machine needs the same command, the same "
-                        f"images and the same run folder:{differ}")
-
-
-def tensorboard(run: Path, step: int):
-    """A writer for TensorBoard where that is installed; it forgets what came after `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return contextlib.nullcontext()
-    return SummaryWriter(run, purge_step=step + 1)
-
-
-@functools.cache
-def commit() -> str:
-    """The git commit of this program, with "-dirty" if it was changed since, or "unknown"."""
-    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
-                              timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, no permission
-        return "unknown"
-
-
-def export(student: models.Backbone, cfg: Config, path: Path) -> None:
-    """The student alone, under timm's names; the metadata says how to use it."""
-    args = tuple(models.student_kwargs(cfg.student_args).items())
-    args = models.describe(cfg.student, cfg.student_size, args)["arguments"]
-    metadata = dict(
-        model=cfg.student, args=json.dumps(args, default=str), image_size=cfg.student_size,
-        mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist(),
-        pool=cfg.pool, embedding=student.embedding, teacher=cfg.teacher, dataset=cfg.dataset,
-        commit=commit())
-    weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
-    metadata = {name: str(value) for name, value in metadata.items()}
-    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
-
-
-def main(cfg: Config) -> dict:
+def main(cfg: Config, objective=Distiller) -> dict:
     """Train; returns the last metrics, with eval_at_end also the evaluation's rows.
 
-    Raises UserError for what the user can mend, SystemExit(128 + signal) when told to stop.
+    Raises UserError for what the user can fix, SystemExit(128 + signal) when stopped.
     """
-    validate(cfg, models.problems)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = models.pick_device(cfg.device)
-    cfg.run_path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{cfg.run_path}.lock", timeout=0) if rank == 0 else contextlib.nullcontext()
-    try:
-        if world > 1 and not dist.is_initialized():  # first: whoever fails then ends the others
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=RANK_WAIT)
-        with lock:
-            return fit(cfg, device, rank, world)
-    except Timeout:
-        raise UserError(f"another process is training in {cfg.run_path}: choose another --run_dir, "
-                        "or wait for it") from None
-    except RuntimeError as error:
-        if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise UserError(
-                f"process {rank} of {world} has lost the others: one was killed, or has said why "
-                f"it ended; the same command goes on ({reason(error)})") from error
-        raise
-
-
-def fit(cfg: Config, device: torch.device, rank: int, world: int) -> dict:
-    """The run, front to back; `main` has seen that it is the only one in its folder."""
-    # ---------------------------------------------------------------- where
-    dtype = models.pick_dtype(cfg.precision, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    run, latest, saved = cfg.run_path, cfg.run_path / "checkpoint_latest.pth", None
-    if cfg.resume and latest.exists():
-        saved, saved_cfg = evaluation.read_checkpoint(latest)
-        check_resumable(cfg, saved_cfg)
-
-    # ---------------------------------------------------------------- what
-    size_limit = max(cfg.teacher_size, cfg.student_size)
-    store = data.open_store(cfg, cfg.train_split, size_limit, cfg.max_samples)
-    samples = min(cfg.samples_per_epoch or len(store), len(store))
-    steps_per_epoch = -(-samples // cfg.batch_size)
-    total_steps = cfg.epochs * steps_per_epoch
-    if samples < cfg.batch_size:
-        raise UserError(f"an epoch has {samples} images, fewer than --batch_size {cfg.batch_size}")
-    teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
-    made_of = dict(store=store.path.name, teacher=models.fingerprint(teacher))
-    for what, name in made_of.items():
-        if saved and saved[what] != name:
-            which = cfg.dataset if what == "store" else f"the weights of {cfg.teacher}"
-            raise UserError(f"{run} holds a run with another {what} (saved {saved[what]}, asked "
-                            f"{name}): {which} may have changed. Choose another --run_dir, or "
-                            "--no_resume to move that run aside.")
-    teacher.to(device)
-    if world > 1:
-        here = dict(cache_dir="", num_workers=0, teacher_weights="")  # may differ
-        mine = dataclasses.asdict(dataclasses.replace(cfg, **here))
-        check_ranks(mine | made_of | dict(continues=saved["step"] if saved else None), world)
-    # Only now, with data and teacher at hand, is anything written that belongs to the run.
-    if rank == 0:
-        if not cfg.resume and run.exists():
-            run.rename(f"{run}.old-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
-        run.mkdir(parents=True, exist_ok=True)
-    open_log(run, rank)
-    log.info(f"python {platform.python_version()}, torch {torch.__version__}, timm "
-             f"{timm.__version__}, {device.type} x {world}, {str(dtype).split('.')[1]}")
-    log.info(f"commit {commit()}")
-    log.info(" ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(cfg).items()))
-    student = evaluation.student_of(cfg).train()
-    distiller = models.Distiller(student, teacher, cfg).to(device)
-    groups = parameter_groups(distiller, cfg.weight_decay)
-    optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=BETAS, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if store.info["unreadable"]:
-        log.info(f"{len(store.info['unreadable'])} unreadable images: {store.path / 'info.json'}")
-    log.info(f"{cfg.dataset}: {len(store)} images, {store.size} px, {steps_per_epoch} steps/epoch")
-    for who, net in (cfg.teacher, teacher), (cfg.student, student):
-        log.info(f"{who}: {net.parameter_count / 1e6:.2f} M parameters, {net.image_size} px, grid "
-                 f"{net.grid[0]}x{net.grid[1]}, width {net.embed_dim}")
-    log.info(f"head {distiller.cls_head.kind}: targets are {distiller.cls_head.out_dim} wide")
-
-    def belong_on_device(share: float, *files: data.RowFile) -> bool:
-        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0
-        fit = sum(file.nbytes for file in files) < share * free
-        return cfg.store_device == "device" or (cfg.store_device == "auto" and fit)
-
-    # The stored images, and later the bank's answers, when they are kept on the device.
-    resident = store.images.on(device, "images") if belong_on_device(1 / 4, store.images) else None
-    bank = answers = None
-    waited = 0.0  # seconds that the loop has waited for data
-
-    def batches(epoch, samples, batch_size, *share):
-        """Yields images on the device, index [B], and what the bank holds of this epoch's view."""
-        nonlocal waited
-        order = data.epoch_order(len(store), samples, cfg.seed, epoch)
-        # Whatever is still on disk other processes read, that a GPU need not wait for it.
-        on_disk = resident is None or (bank and not answers)
-        workers = min(4, cfg.workers) if device.type == "cuda" and on_disk else 0
-        loader = data.loader(store if resident is None else None, order, batch_size, *share,
-                             workers=workers)
-        begin = time.time()
-        for images, index, stored in loader:
-            if resident is None:
-                images = data.to_device(images, device)
-            else:
-                images = resident[data.to_device(index, device)]
-            waited += time.time() - begin
-            yield images, index, stored
-            begin = time.time()
-
-    def ask_teacher(images, box):
-        with torch.inference_mode(), autocast:
-            return teacher(data.render(images, box, cfg.teacher_size))
-
-    def view_of(number, index):
-        return data.view(cfg.seed, number, index, (cfg.crop_scale, 1.0))
-
-    def targets_of(images, index, box, number, stored):
-        """Targets [B, T, K] of a view: out of the bank, where it has them."""
-        if bank is None:
-            return distiller.targets(ask_teacher(images, box))
-        if answers:
-            rows = data.to_device(index, device)
-            return data.dequantise(*(part[rows] for part in answers[number]))
-        tokens, scale = (data.to_device(part, device) for part in stored[:2])
-        missing = (stored[2] == 0).nonzero()[:, 0]
-        if len(missing):
-            rows = data.to_device(missing, device)
-            fresh = data.quantise(distiller.targets(ask_teacher(images[rows], box[missing])))
-            bank.write(number, index[missing], *fresh)
-            tokens[rows], scale[rows] = fresh
-        return data.dequantise(tokens, scale)  # also what is new: a rerun is the same
-
-    # ---------------------------------------------------------------- from where
-    step, metrics = 0, {}
-    if saved:
-        step, metrics = saved["step"], saved["metrics"]
-        with evaluation.refusing(latest):
-            student.net.load_state_dict(saved["student"])
-            distiller.heads.load_state_dict(saved["heads"])
-            optimiser.load_state_dict(saved["optimiser"])
-            if saved["scaler"]:  # of a run in fp16; --precision may have changed since
-                scaler.load_state_dict(saved["scaler"])
-            for p, moments in optimiser.state.items():  # their shapes torch does not compare
-                if any(m.shape not in ((), p.shape) for m in moments.values()):
-                    raise ValueError("its optimiser is of other shapes")
-        log.info(f"continuing {latest} at step {step} of {total_steps}")
-    elif rank == 0:  # the others receive the result when DDP wraps the module
-        size = min(64, len(store))
-        total = min(STAT_IMAGES, len(store)) // size
-        first = batches(0, total * size, size)
-        first = data.progress(first, "measuring the teacher", total * size, size)
-        distiller.fit_heads(ask_teacher(images, view_of(0, i)) for images, i, _ in first)
-    if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
-        # In place, so that state-dict keys stay plain; as CUDA graphs, as a small student's steps
-        # are mostly the time that Python takes to launch them.
-        graphs = device.type == "cuda" and world == 1
-        distiller.compile(mode="reduce-overhead" if graphs else None)
-    module = distiller
-    if world > 1:  # static_graph: conv nets may have layers that forward_features does not use
-        module = DistributedDataParallel(distiller, static_graph=True)
-
-    if 0 < cfg.teacher_views < cfg.epochs:
-        key = models.fingerprint(*made_of.values(), *distiller.heads.buffers(), dtype,
-                                 student.grid, cfg.seed, cfg.teacher_size, cfg.crop_scale)
-        shape = 1 + math.prod(student.grid), distiller.cls_head.out_dim
-        machine = os.environ.get("GROUP_RANK", "0")  # two cannot write into one file over a network
-        folder = Path(cfg.cache_dir) / "banks" / (key + f"-{machine}" * (machine != "0"))
-        bank = data.Bank(folder, cfg.teacher_views, len(store), *shape)
-
-    def save(*paths: Path) -> None:
-        state = dict(
-            student=student.net.state_dict(), optimiser=optimiser.state_dict(),
-            heads=distiller.heads.state_dict(), scaler=scaler.state_dict(), step=step,
-            epoch=step / steps_per_epoch, metrics=metrics, config=dataclasses.asdict(cfg),
-            **made_of)
-        for path in paths:
-            write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-    if rank == 0:
-        (run / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-        forget_after(step, run / "metrics.jsonl")
-
-    # ---------------------------------------------------------------- the loop
-    sums = torch.zeros(len(models.Distiller.STATS) + 2, device=device)  # + norm, + asked to stop
-    logged, since, last_save, waited = step, time.time(), time.time(), 0.0
-    progress = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0 or None)
-    writer = contextlib.nullcontext() if rank else tensorboard(run, step)
-    with (progress, logging_redirect_tqdm([log]), writer as board,
-          stop_signals(alone=world == 1) as signals):
-        for epoch in range(step // steps_per_epoch, cfg.epochs):
-            first = step - epoch * steps_per_epoch
-            number = epoch % cfg.teacher_views if bank else epoch  # of the view
-            if bank and teacher and bank.complete():
-                teacher = None  # it has said everything
-                if belong_on_device(1 / 2, *bank.tokens):
-                    answers = bank.on(device)
-                log.info(f"epoch {epoch + 1}: the bank is complete, the teacher is dropped")
-            share = first, rank, world, None if answers else bank, number
-            for images, index, stored in batches(epoch, samples, cfg.batch_size, *share):
-                box = view_of(number, index)
-                targets = targets_of(images, index, box, number, stored)
-                student_view = data.render(images, box, cfg.student_size)
-                if step == rank == 0:
-                    seen = data.render(images[:8], box[:8], cfg.teacher_size)
-                    rows = (("image", images[:8] / 255), ("teacher's\nview", seen),
-                            ("student's\nview", student_view[:8]))
-                    page = evaluation.sheet(run / "views.png", rows)
-                    if board:
-                        board.add_image("views", np.asarray(page), dataformats="HWC")
-
-                lr = learning_rate(step, steps_per_epoch, cfg)
-                for group in optimiser.param_groups:
-                    group["lr"] = lr
-                # Dropout and drop path, if any, follow from the step: a resumed run repeats them.
-                torch.manual_seed(cfg.seed * 2**32 + step * world + rank)
-                optimiser.zero_grad(set_to_none=True)
-                with autocast:
-                    loss, stats = module(student_view, targets)
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimiser)
-                limit = cfg.grad_clip or math.inf
-                norm = torch.nn.utils.clip_grad_norm_(distiller.parameters(), limit)
-                scaler.step(optimiser)
-                scaler.update()
-                sums[:-2] += stats
-                sums[-2] += norm
-                step += 1
-                progress.update()
-
-                end_of_epoch = step % steps_per_epoch == 0
-                if not (step % cfg.log_every == 0 or end_of_epoch or (signals and world == 1)):
-                    continue
-                # Once per log line: the only place where a step waits for the GPU.
-                sums[-1] = len(signals)
-                if world > 1:
-                    dist.all_reduce(sums)
-                # The last is above 0 as soon as any rank was told to stop.
-                *means, norm, stopping = (sums / (step - logged) / world).tolist()
-                seconds, images_seen = time.time() - since, (step - logged) * cfg.batch_size
-                metrics = dict(zip(models.Distiller.STATS, means, strict=True), step=step,
-                               epoch=step / steps_per_epoch, lr=lr, norm=norm,
-                               images_per_s=images_seen / seconds, data=waited / seconds)
-                # A norm may be infinite in fp16: the scaler then leaves the step out.
-                if not math.isfinite(metrics["loss"] + (0 if scaler.is_enabled() else norm)):
-                    raise UserError(
-                        f"the loss became {metrics['loss']}, its gradient's norm {norm}, between "
-                        f"steps {logged} and {step}, at learning rate {lr:.1e}. Try a lower --lr "
-                        "or --precision fp32; the last good state is "
-                        f"{latest if latest.exists() else 'the beginning'}")
-                sums.zero_()
-                eta = (total_steps - step) * seconds / (step - logged)
-                logged, since, waited = step, time.time(), 0.0
-                log.info(log_line(metrics, epoch, cfg.epochs, eta))
-                alike = metrics["spread"] > COLLAPSED and metrics["target_spread"] < DIVERSE
-                if alike and step > total_steps / 5:  # before, it has only just begun
-                    log.warning("the student says nearly the same of every image: a collapse. "
-                                "Try a lower --lr, or a longer --warmup_epochs")
-                if rank == 0:
-                    done = step // steps_per_epoch
-                    if end_of_epoch and cfg.eval_every and done % cfg.eval_every == 0:
-                        try:
-                            bench = evaluation.Bench(cfg, *QUICK_EVAL)
-                            quick = bench.judge(*bench.features(student), probe=False)
-                            metrics = quick | metrics  # `spread` stays that of the batch
-                            log.info(f"epoch {done}: k-NN {metrics.get('knn20', math.nan):.1%}")
-                        except UserError as error:  # training goes on without it
-                            log.warning(f"epoch {done}: no k-NN check: {error}")
-                        student.train()
-                    known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-                    with open(run / "metrics.jsonl", "a") as file:
-                        file.write(json.dumps(known) + "\n")
-                    if board:
-                        for name, value in metrics.items():
-                            board.add_scalar(name, value, step)
-                        board.flush()
-                    due = cfg.save_every and done % cfg.save_every == 0 or step == total_steps
-                    kept = [run / f"checkpoint_epoch_{done}.pth"] * bool(end_of_epoch and due)
-                    shortest, longest = SAVE_SECONDS
-                    wait = shortest if end_of_epoch else longest
-                    if kept or stopping or time.time() - last_save > wait:
-                        save(*kept, latest)  # in this order: killed in between, both come again
-                        last_save = time.time()
-                if stopping:
-                    log.info(f"stopped after step {step}/{total_steps}; the same command goes on")
-                    raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-
-    # ---------------------------------------------------------------- take it away
-    if world > 1:  # nobody waits for the evaluation
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank == 0:
-        export(student, cfg, run / "student.safetensors")
-        log.info(f"done. Evaluate with: python eval.py {latest}")
-        if cfg.eval_at_end:
-            evaluate = EvalConfig((str(latest),), device=cfg.device, precision=cfg.precision)
-            metrics = metrics | dict(eval=evaluation.main(evaluate))
-    return metrics
-
-
-def log_line(m: dict, epoch: int, epochs: int, eta: float) -> str:
-    """The README explains each figure."""
-    left = f"{eta / 60:.0f}m" if eta >= 60 else f"{eta:.0f}s"
-    return (f"epoch {epoch + 1}/{epochs} step {m['step']} | loss {m['loss']:.3f} "
-            f"(cls {m['cls']:.3f} patch {m['patch']:.3f}) | cos {m['cos']:.3f} | "
-            f"spread {m['spread']:.2f} | lr {m['lr']:.1e} | norm {m['norm']:.2f} | "
-            f"{m['images_per_s']:.0f} img/s | data {m['data']:.0%} | eta {left}")
+    validate(cfg, Config.problems, models.problems)
+    with processes(cfg) as (device, rank, world):
+        run = Run(cfg, objective, device, rank, world)
+        step, recent = start(run), []
+        with received_signals() as received:
+            for epoch in range(step // run.steps_per_epoch, cfg.epochs):
+                view = epoch % cfg.teacher_views if run.targets else epoch
+                boxes, first = run.boxes(view), step % run.steps_per_epoch
+                for images, codes, index in batches(run, epoch, view, first):
+                    recent.append(train_step(
+                        run, images, codes, boxes[index], index, epoch, view, step))
+                    step += 1
+                    stopping = must_stop(run, step, received)
+                    if step % cfg.log_every == 0 or step % run.steps_per_epoch == 0 or stopping:
+                        report(run, step, recent)
+                        recent.clear()
+                        if rank == 0:
+                            save(run, step, stopping)
+                    if stopping:
+                        log.info(f"stopped after step {step}; run the same command to continue")
+                        if world > 1:
+                            dist.barrier()  # torchrun ends the others when the first one leaves
+                        raise SystemExit(128 + (received or [signal.SIGTERM])[0])
+        if rank == 0:
+            export(run)
+    latest = cfg.run_path / "checkpoint_latest.pth"
+    log.info(f"done. Evaluate with: python eval.py {latest}")
+    if cfg.eval_at_end and rank == 0:
+        return run.history[-1] | dict(eval=evaluation.main(EvalConfig((str(latest),))))
+    return run.history[-1]
 
 
 if __name__ == "__main__":

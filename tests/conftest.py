@@ -1,3 +1,38 @@
-"""The tests in this folder use the fixtures of the specification."""
+"""The tests in this folder use the fixtures of the specification, and some images."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
 
 from test_smoke import cache, tiny  # noqa: F401
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(buffer := io.BytesIO(), "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of images in all the shapes people have them."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 8)):
+        for i in range(count):
+            folder = root / split / ("cat" if i % 2 else "dog")
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (60, 40 + i, 3), np.uint8)
+            PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
+    cats = root / "train" / "cat"
+    PIL.Image.fromarray(np.full((50, 50), 40000, np.uint16)).save(cats / "deep.png")
+    PIL.Image.new("CMYK", (50, 70)).save(cats / "print.jpg")
+    PIL.Image.new("LA", (50, 50)).save(cats / "gray.png")
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    half = np.zeros((60, 60, 3), np.uint8)
+    half[:, :30] = 255  # white left half, which is the upper half once upright
+    PIL.Image.fromarray(half).save(cats / "turned.jpg", exif=exif, quality=95)
+    return root

@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -24,7 +23,7 @@ TINY = (
     "--dataset shapes --teacher demo --teacher_size 32 --student vit_tiny_patch16_224 "
     "--student_size 32 --student_args embed_dim=48,depth=2,num_heads=2 --batch_size 16 "
     "--max_samples 64 --precision fp32 --device cpu --log_every 1 --head linear "
-    "--num_workers 0 --run_dir run --epochs 3 --teacher_views 1 "
+    "--run_dir run --epochs 3 --teacher_views 1 "
     "--save_every 1"
 ).split()
 ENV = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
@@ -37,9 +36,10 @@ sys.path.insert(0, {str(ROOT)!r})
 import datasets, config, model, train
 config.parse(config.Config, {TINY}, model.problems)  # what it learns of the models is kept
 
-def rank_of(world, rank, machine, port, folder, flags, log):
+def rank_of(world, rank, machine, machines, port, folder, flags, log):
     os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK="0", MASTER_PORT=str(port),
-                      MASTER_ADDR="127.0.0.1", GROUP_RANK=str(machine))
+                      MASTER_ADDR="127.0.0.1", GROUP_RANK=str(machine),
+                      GROUP_WORLD_SIZE=str(machines))
     os.chdir(folder)
     for number in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -58,7 +58,8 @@ for line in sys.stdin:
     machines, children = list(dict.fromkeys(folders)), []
     for rank, (folder, log) in enumerate(zip(folders, logs)):
         if not (child := os.fork()):
-            arguments = len(folders), rank, machines.index(folder), port, folder, flags, log
+            machine = machines.index(folder), len(machines)
+            arguments = len(folders), rank, *machine, port, folder, flags, log
             status = rank_of(*arguments)
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
@@ -105,7 +106,7 @@ def close(one: Path, other: Path) -> bool:
     """The same losses to 1e-3, and weights to 2e-4: only the order of sums differs."""
     a, b = metrics(one), metrics(other)
     assert [m["step"] for m in a] == [m["step"] for m in b] == list(range(1, 13))
-    for key in ("loss", "cls", "patch", "cos", "norm"):
+    for key in ("loss", "cls", "patch", "cos_cls", "norm"):
         assert all(abs(m[key] - n[key]) < 1e-3 for m, n in zip(a, b, strict=True)), key
     a, b = weights(one), weights(other)
     return all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
@@ -142,58 +143,53 @@ def test_a_run_of_two_processes_goes_on_with_any_number(train, ranks, tmp_path, 
     assert close(ranks[2], tmp_path) and same(ranks[2], tmp_path) == (count == 2)
 
 
-def test_machines_have_a_store_and_bank_each_and_share_the_run_folder(train, ranks, tmp_path):
+def test_machines_have_a_store_and_cache_each_and_need_not_share_the_run_folder(
+        train, ranks, tmp_path):
     machines = [tmp_path / "a", tmp_path / "b"]
     for machine in machines:
         machine.mkdir()
     statuses, texts = train(machines)
     assert statuses == [0, 0] and close(ranks[2], machines[0]), texts
     assert len(list(tmp_path.glob("*/cache/stores/*/images.u8"))) == 2
-    # An image stays with its machine: both together asked little more than once about each.
-    done = [np.fromfile(f, np.uint8) for f in sorted(tmp_path.glob("*/cache/banks/*/view_0/done"))]
-    assert len(done) == 2 and (done[0] | done[1]).all() and sum(map(np.sum, done)) < 1.5 * 64
-    assert "the teacher is dropped" not in "".join(texts), "neither bank has all rows"
-    # The second machine sees no checkpoint, and would begin anew.
+    assert len(list(tmp_path.glob("*/cache/targets/*/view_0.i8"))) == 2
     run = machines[0] / "run"
     shutil.copy(run / "checkpoint_epoch_1.pth", run / "checkpoint_latest.pth")
     statuses, texts = train(machines)
-    assert statuses == [2, 2] and all("continues: 4 or None" in text for text in texts), texts
-    (machines[1] / "run").symlink_to(run)
-    statuses, texts = train(machines)
     assert statuses == [0, 0] and close(ranks[2], machines[0]), texts
+    assert not (machines[1] / "run").exists()
 
 
 def test_a_second_run_in_the_same_folder_ends_at_once(train, ranks):
     with FileLock(ranks[2] / "run.lock"):
         statuses, texts = train([ranks[2]] * 2)
-    assert statuses == [2, 2] and "another process is training" in texts[0], texts
+    assert statuses[0] == 2 and statuses[1] and "another process is training" in texts[0], texts
 
 
 def test_an_indivisible_batch_is_refused(train, tmp_path):
     statuses, texts = train([tmp_path] * 2, "--batch_size", "15")
-    assert statuses == [2, 2] and "not a multiple of the 2 ranks" in texts[0]
+    assert statuses == [2, 2] and "not a multiple of the processes" in texts[0]
 
 
-@pytest.mark.parametrize("told", [[1], [0, 1, 0, 1]])
-def test_processes_told_to_stop_save_however_often_they_are_told(train, ranks, tmp_path, told):
-    """SLURM tells everyone, torchrun hands it on; or only one is told."""
-    signals = [(rank, signal.SIGTERM) for rank in told]
+@pytest.mark.parametrize("signalled", [[1], [0, 1, 0, 1]])
+def test_a_signal_to_one_or_all_processes_saves_and_ends_all(train, ranks, tmp_path, signalled):
+    """SLURM signals everyone, and torchrun hands it on; or only one is signalled."""
+    signals = [(rank, signal.SIGTERM) for rank in signalled]
     path = tmp_path / "run/metrics.jsonl"
     statuses, texts = train([tmp_path] * 2, path=path, signals=signals)
-    assert statuses == [143, 143] and "the same command goes on" in texts[0], texts
+    assert statuses == [143, 143] and "run the same command to continue" in texts[0], texts
     assert 0 < metrics(tmp_path)[-1]["step"] < 12
     statuses, texts = train([tmp_path] * 2)
     assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_who_loses_a_process_ends_with_a_message(train, tmp_path, killed):
+def test_who_loses_a_process_ends_too(train, ranks, tmp_path, killed):
     path, begin = tmp_path / "run/metrics.jsonl", time.time()
-    statuses, texts = train([tmp_path] * 2, path=path, signals=[(killed, signal.SIGKILL)])
-    assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] == 2, texts
-    message = texts[1 - killed][texts[1 - killed].find("error: ") :]
-    assert message.startswith(f"error: process {1 - killed} of 2 has lost the others"), texts
-    assert "Traceback" not in message and time.time() - begin < 60
+    statuses, _ = train([tmp_path] * 2, path=path, signals=[(killed, signal.SIGKILL)])
+    assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] > 0
+    assert time.time() - begin < 60
+    statuses, texts = train([tmp_path] * 2)
+    assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
 
 @pytest.mark.slow
@@ -210,7 +206,7 @@ def test_a_killed_worker_ends_torchrun_and_the_same_command_goes_on(train, ranks
     os.kill(int(workers[-1]), signal.SIGKILL)
     text, _ = torchrun.communicate(timeout=60)
     assert torchrun.returncode == 1 and time.time() - begin < 60
-    assert text.count("has lost the others") == 1 and "exitcode  : -9" in text, text
+    assert "exitcode  : -9" in text, text
     statuses, texts = train([tmp_path] * 2)
     assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
@@ -228,7 +224,7 @@ def test_compiled_runs_keep_plain_names_and_nearly_the_losses(train, ranks, tmp_
 
 def test_mistakes_end_with_a_message_and_status_2(train, tmp_path):
     command = [sys.executable, "eval.py", "nowhere.pth"]
-    judged = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
     (status,), (text,) = train([tmp_path], "--epoch", "3", "--loss", "cosin")
-    for code, message in ((judged.returncode, judged.stderr), (status, text)):
+    for code, message in ((done.returncode, done.stderr), (status, text)):
         assert code == 2 and message.startswith("error:") and "Traceback" not in message

@@ -20,11 +20,9 @@ GOOD = dict(
     patch_weight=[0.0, 0.5],
     crop_scale=[0.01, 0.4, 1.0],
     teacher_views=[0, 1],
-    store_device=["auto", "device"],
     store_size=[0, 8, 40],
-    max_samples=[1, 2, 7, 16],
-    samples_per_epoch=[0, 1, 9],
-    batch_size=[1, 2, 7, 8],
+    max_samples=[2, 7, 16],
+    batch_size=[2, 7, 8],
     epochs=[1, 2],
     lr=[0.0, 1e-3, 1e4],
     warmup_epochs=[0.0, 0.5, 100.0],
@@ -47,7 +45,6 @@ BAD = dict(
     cls_weight=[-1.0, math.nan],
     crop_scale=[0.0, 2.0],
     teacher_views=[-1],
-    store_device=["gpu"],
     max_samples=[-1],
     batch_size=[0, -8],
     epochs=[0],
@@ -76,7 +73,7 @@ def base(tmp_path_factory):
     return dict(
         dataset="shapes", teacher="demo", teacher_size=32, student="vit_tiny_patch16_224",
         student_size=32, max_samples=16, batch_size=8, epochs=1, device="cpu",
-        num_workers=0, cache_dir=str(folder / "cache"), run_dir=str(folder / "run"),
+        cache_dir=str(folder / "cache"), run_dir=str(folder / "run"),
     )  # fmt: skip
 
 
@@ -107,8 +104,3 @@ def test_every_wrong_field_is_named_in_one_message(base, wrong, fine):
         train.main(Config(**(base | fine | wrong)))
     missing = [name for name in wrong if f"--{name}" not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"
-
-
-def test_batch_norm_of_one_image_is_refused(base):
-    with pytest.raises(UserError, match="--batch_size 1: test_resnet has batch norm"):
-        train.main(Config(**base | dict(student="test_resnet", batch_size=1)))

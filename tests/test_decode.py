@@ -20,8 +20,6 @@ import pytest
 import data
 from config import Config, UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore:Image size")  # PIL's, of the smaller bomb
-
 COLOURS = dict(
     r=(255, 0, 0),
     g=(0, 255, 0),
@@ -34,7 +32,7 @@ COLOURS = dict(
     w=(255, 255, 255),
 )
 TOLERANCE = 24  # of 255: JPEG and LAB are lossy; colours above differ by 42 and more
-OURS = str(Path(__file__).parents[1] / "assets" / "views.png")  # no stranger's business
+OURS = str(Path(__file__).parents[1] / "assets" / "neighbors.jpg")  # no stranger's business
 SIDE = 64  # of most pictures; they are stored at half of it
 
 
@@ -221,7 +219,6 @@ CASES = [
     ("1x5000.png", saved(stripe((1, 5000)), "png"), "rrrr"),
     ("5000x1.jpg", saved(stripe((5000, 1)), "jpeg", quality=95), "rrrr"),
     ("bomb.png", raw_png(30_000, 30_000, 8, 2, b"\0"), "bomb"),
-    ("smaller bomb.png", raw_png(10_001, 10_000, 8, 2, b"\0"), "decompression bomb?"),
     ("no size.png", raw_png(0, 0, 8, 2, b""), "cannot identify image file"),
     # not readable
     ("truncated.jpg", cut(saved(noise(), "jpeg")), "truncated"),
@@ -238,7 +235,7 @@ CASES = [
     ("program.eps", POSTSCRIPT, "PostScript is a program"),
     ("named alike.png", dict(bytes=b"", path=__file__), "cannot identify image file"),
     ("ours", dict(bytes=None, path=OURS), "outside the data set's folder"),
-    ("somebody's", dict(bytes=None, path="ours.png"), "outside the data set's folder"),
+    ("somebody's", dict(bytes=None, path="ours.png"), "No such file"),
     ("NULL", None, "no image"),
     ("NULL within", dict(bytes=None, path=None), "no image"),
     # files that are none
@@ -260,7 +257,7 @@ def readable(outcome: str | None) -> bool:
 
 def config(root: Path, source: str, **changes) -> Config:
     changes = dict(cache_dir=str(root / "cache")) | changes
-    return Config(dataset=str(root / source), store_size=SIDE // 2, num_workers=0, **changes)
+    return Config(dataset=str(root / source), store_size=SIDE // 2, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -288,12 +285,11 @@ def outcomes(root):
     """Source -> name -> stored pixels uint8 [3, S, S], or (file, reason)."""
     found = {}
     for source, cases in SOURCES.items():
-        cfg = config(root, source, max_bad=1.0)
+        cfg = config(root, source)
         store = data.open_store(cfg, "train", SIDE)
         names = [name for name, *_ in cases]
         if source == "folder":
-            cells = data.open_source(cfg.dataset, "train", "", "")[0]["image"]
-            names = [Path(cell["path"]).name for cell in cells]
+            names = [Path(cell["path"]).name for cell in data.open_source(cfg, "train")[1]["image"]]
         pixels = store.images[np.arange(len(store))]
         found[source] = {names[row]: image for row, image in zip(store.rows, pixels, strict=True)}
         found[source] |= {names[row]: why for row, *why in store.info["unreadable"]}
@@ -323,38 +319,21 @@ def test_every_image_has_its_outcome(root, outcomes, source, name, expected):
         assert not isinstance(found, np.ndarray), "it was decoded"
         file, why = found
         assert expected in why and "object at 0x" not in why
-        assert source == "parquet" or file == str(Path(file).parent / name)
+        assert source == "parquet" or Path(file).name == name
 
 
-def test_a_folder_is_read_behind_a_link_but_no_path_that_leaves_it(tmp_path):
+def test_a_folder_is_read_behind_a_link_and_its_own_list_of_files_ignored(tmp_path):
     (tmp_path / "a.png").write_bytes(saved(picture(), "png"))
     (tmp_path / "folder").mkdir()
     shutil.copy(tmp_path / "a.png", tmp_path / "folder")
     (tmp_path / "link").symlink_to("folder")
     assert len(data.open_store(config(tmp_path, "link"), "train", SIDE)) == 1
-    # A stranger's list of files.
     (tmp_path / "folder" / "metadata.csv").write_text("file_name\n../a.png\n")
-    with pytest.raises(UserError, match="cannot read|outside the data set's folder"):
+    assert len(data.open_store(config(tmp_path, "folder"), "train", SIDE)) == 1
+
+
+def test_images_none_of_which_can_be_read_are_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").write_bytes(b"text")
+    with pytest.raises(UserError, match="no image that can be read .*a.png"):
         data.open_store(config(tmp_path, "folder"), "train", SIDE)
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_too_many_unreadable_images_stop_the_run_and_are_named(root, tmp_path, source):
-    with pytest.raises(UserError) as error:
-        data.open_store(config(root, source, cache_dir=str(tmp_path)), "train", SIDE)
-    first, *listed = str(error.value).splitlines()
-    assert "images of" in first and "--max_bad 0.01" in first and len(listed) == 5
-    assert all(line.startswith("  row ") for line in listed)
-    unreadable = [name for name, _, outcome in SOURCES[source] if not readable(outcome)]
-    assert all(any(name in line for name in unreadable) for line in listed)
-
-
-def test_what_datasets_passes_over_is_said(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(data.log, "propagate", True)
-    for folder, name in (("own", "a.png"), ("own", "b.Png"), ("ow[n]", "a.png")):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / name).write_bytes(saved(picture(), "png"))
-    assert len(data.open_store(config(tmp_path, "own"), "train", SIDE)) == 1
-    assert "1 files of" in caplog.text and "b.Png, are passed over" in caplog.text
-    with pytest.raises(UserError, match="rename the folder"):
-        data.open_store(config(tmp_path, "ow[n]"), "train", SIDE)

@@ -1,0 +1,118 @@
+"""Pictures of a run: what the networks see, what they make of places, and which images are alike.
+
+    python examples/figures.py runs/x/checkpoint_latest.pth FOLDER
+
+views.png: stored images, the view of the teacher and that of the student, at their sizes.
+patches.png: three principal components of the patch embeddings as a colour, teacher and student in
+one basis. neighbors.png: test images, and the training images that the student finds most alike,
+framed green where the class is the same and orange where it is not.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import eval as evaluation
+import model
+
+SHOWN = 8  # images
+TILE, GAP, MARGIN, FRAME = 96, 8, 76, 3  # pixels
+SAME, OTHER = "#009e73", "#d55e00"  # distinct for colour-blind readers too (Okabe and Ito)
+RANKS = "nearest second third fourth fifth".split()
+
+
+def sheet(path: Path, rows: list[tuple]) -> PIL.Image.Image:
+    """Write and return a picture of rows: (label, images float [n, 3, H, W] in [0, 1], colours).
+
+    The colours, of a frame around each image, may be left out.
+    """
+    side, across = TILE + GAP, len(rows[0][1])
+    page = PIL.Image.new("RGB", (MARGIN + across * side, GAP + len(rows) * side), "white")
+    draw = PIL.ImageDraw.Draw(page)
+    for y, (label, images, *frames) in zip(range(GAP, page.height, side), rows, strict=True):
+        draw.text((GAP, y + TILE // 2), label, "black", anchor="lm", font_size=14)
+        tiles = F.interpolate(images.float().cpu(), TILE, mode="bicubic", antialias=True)
+        for i, tile in enumerate(tiles.clamp(0, 1)):
+            x = MARGIN + i * side
+            if frames:
+                corners = x - FRAME, y - FRAME, x + TILE + FRAME - 1, y + TILE + FRAME - 1
+                draw.rectangle(corners, frames[0][i])
+            page.paste(to_pil_image(tile), (x, y))
+    page.save(path)
+    return page
+
+
+def views(path: Path, cfg, store: data.Store) -> PIL.Image.Image:
+    """The first batch of a run, without what a fork does to its views."""
+    rows = data.epoch_order(len(store), cfg.seed, 0)[:SHOWN]
+    images = torch.from_numpy(store.images[rows])
+    boxes = data.view_boxes(cfg.seed, 0, len(store), cfg.crop_scale)[rows]
+    return sheet(path, [
+        ("stored", images / 255),
+        (f"teacher\n{cfg.teacher_size} px", data.render(images, boxes, cfg.teacher_size)),
+        (f"student\n{cfg.student_size} px", data.render(images, boxes, cfg.student_size))])
+
+
+@torch.inference_mode()
+def patches(path: Path, images: torch.Tensor, sides: dict) -> PIL.Image.Image:
+    """sides: name -> (backbone, map of its patch embeddings to a common space)."""
+    rows, axes = [("image", images / 255)], None
+    for name, (net, project) in sides.items():
+        features = net(data.render(images, None, net.image_size))
+        tokens = F.normalize(project(features.patches), dim=-1)
+        if axes is None:  # one basis and one scale for all sides, so that colours compare
+            basis = tokens.flatten(0, 1)
+            axes = torch.linalg.eigh(torch.cov(basis.T, correction=0)).eigenvectors[:, -3:].flip(1)
+            low, high = (basis @ axes).quantile(torch.tensor([0.02, 0.98]), 0)
+        colours = (tokens @ axes - low) / (high - low).clamp_min(1e-6)
+        rows.append((f"{name}\n{net.grid[0]} x {net.grid[1]}", colours.mT.unflatten(2, net.grid)))
+    return sheet(path, rows)
+
+
+def neighbours(path: Path, bench: evaluation.Bench, train, test) -> PIL.Image.Image:
+    """train, test: embeddings of all images of the bench, float32 [I, D] and [Q, D]."""
+    some = data.subset(np.arange(len(test)), SHOWN)
+    queries = F.normalize(test[some], dim=1)
+    found = (queries @ F.normalize(train, dim=1).T).topk(min(len(RANKS), len(train))).indices
+    images = torch.from_numpy(bench.test.images[bench.rows[1][some]])
+    rows = [("query", images / 255)]
+    for label, column in zip(RANKS, found.T, strict=False):
+        images = torch.from_numpy(bench.train.images[bench.rows[0][column]]) / 255
+        right = (bench.y[column] == bench.y_test[some]).tolist()
+        frames = [[SAME if r else OTHER for r in right]] if bench.labelled else []
+        rows.append((label, images, *frames))
+    return sheet(path, rows)
+
+
+def main(checkpoint: str, folder: str) -> None:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    saved, cfg = model.load_checkpoint(Path(checkpoint))
+    bench = evaluation.Bench(cfg)
+    size = max(cfg.teacher_size, cfg.student_size)
+    views(folder / "views.png", cfg,
+          data.open_store(cfg, cfg.train_split, size, cfg.max_samples))
+    teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
+    objective = model.Distiller(model.student_of(cfg, saved["student"]), teacher, cfg).eval()
+    heads = {name: value for name, value in saved["objective"].items() if name.startswith("heads.")}
+    objective.load_state_dict(heads, strict=False)
+    head = objective.heads["patch"]
+    some = data.subset(bench.rows[1], SHOWN)
+    patches(folder / "patches.png", torch.from_numpy(bench.test.images[some]),
+            dict(teacher=(teacher, head.target), student=(objective.student, head.predict)))
+    neighbours(folder / "neighbors.png", bench, *bench.features(objective.student))
+    print(f"views.png, patches.png and neighbors.png written to {folder}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

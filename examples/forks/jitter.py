@@ -1,0 +1,41 @@
+"""Colour jitter of the view that teacher and student share.
+
+    python examples/forks/jitter.py --preset demo --run_dir runs/jitter
+
+The colours of an image follow from (seed, view, image): both networks see the same ones, at their
+own sizes, and a view that is cached looks the same in every epoch.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import model
+import train
+from config import Config, cli
+
+STRENGTH = 0.4
+JITTER = 2  # keeps its random numbers apart from those of data.py
+
+
+class Jitter(model.Distiller):
+    def shared_view(self, images, view, index):
+        factors = [np.random.default_rng([self.cfg.seed, JITTER, view, i]).uniform(-1, 1, 3)
+                   for i in index.tolist()]
+        factors = 1 + STRENGTH * torch.tensor(np.array(factors), dtype=torch.float32)
+        brightness, contrast, saturation = factors.to(images.device).T[..., None, None, None]
+        gray = images.mean(1, keepdim=True)
+        images = gray + saturation * (images - gray)
+        mean = images.mean((1, 2, 3), keepdim=True)
+        return (brightness * (mean + contrast * (images - mean))).clamp(0, 1)
+
+
+def main(cfg: Config) -> dict:
+    return train.main(cfg, objective=Jitter)
+
+
+if __name__ == "__main__":
+    cli(main, Config, model.problems)

@@ -1,0 +1,50 @@
+"""Relational distillation: match similarities to a queue of earlier targets, as LightlyTrain does.
+
+    python examples/forks/queue_kl.py --preset demo --run_dir runs/queue_kl
+
+The CLS loss becomes KL(softmax(t Q / 0.07), softmax(s Q / 0.07)) for unit vectors t of the teacher,
+s of the student, and a queue Q of the teacher's last embeddings. The queue is a buffer of the
+objective, so that checkpoints hold it, and moves on in `after_step`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import model
+import train
+from config import Config, cli
+
+SIZE, TEMPERATURE = 1024, 0.07
+
+
+class QueueKL(model.Distiller):
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        width = len(self.heads["cls"].scale)
+        noise = torch.randn(SIZE, width, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("queue", F.normalize(noise, dim=1))
+
+    def term_loss(self, name, prediction, target):
+        if name != "cls":
+            return super().term_loss(name, prediction, target)
+        student, teacher = (F.normalize(x[:, 0].float(), dim=1) for x in (prediction, target))
+        self.newest = teacher
+        student = (student @ self.queue.T / TEMPERATURE).log_softmax(1)
+        teacher = (teacher @ self.queue.T / TEMPERATURE).log_softmax(1)
+        return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+    @torch.no_grad()
+    def after_step(self, step):
+        self.queue.copy_(torch.cat([self.newest, self.queue[: -len(self.newest)]]))
+
+
+def main(cfg: Config) -> dict:
+    return train.main(cfg, objective=QueueKL)
+
+
+if __name__ == "__main__":
+    cli(main, Config, model.problems)

@@ -1,0 +1,99 @@
+"""Rows of the table, other data, no labels, no test split; files that are no checkpoints."""
+
+import json
+import os
+
+import PIL.Image
+import pytest
+import torch
+from conftest import png
+
+import eval as evaluation
+import model
+import train
+from config import EvalConfig, UserError, parse
+from test_smoke import latest, metrics
+
+
+def test_effective_rank_counts_directions():
+    low = torch.randn(5000, 4) @ torch.linalg.qr(torch.randn(32, 4)).Q.T
+    assert abs(evaluation.effective_rank(low) - 4) < 0.05
+    assert abs(evaluation.effective_rank(torch.randn(50_000, 32)) - 32) < 0.1
+
+
+def test_several_checkpoints_give_a_row_each_and_need_nothing_but_themselves(tiny):
+    cfg = tiny(save_every=1)
+    train.main(cfg)
+    files = tuple(str(cfg.run_path / f"checkpoint_epoch_{n}.pth") for n in (1, 2))
+    rows = evaluation.main(EvalConfig(files, max_test=100))
+    assert [row["model"] for row in rows] == [
+        "teacher demo", "student, untrained", "run, epoch 1", "run, epoch 2"]
+    assert json.loads((cfg.run_path / "eval.json").read_text()) == rows
+    assert {"torch", "device", "commit", "gflops", "images_per_s"} <= rows[-1].keys()
+
+
+def test_a_checkpoint_can_be_evaluated_on_other_data(tiny, photos):
+    cfg = tiny(epochs=1)
+    train.main(cfg)
+    args = parse(EvalConfig, [latest(cfg), "--eval_dataset", str(photos), "--device", "cpu"])
+    rows = evaluation.main(args)
+    assert rows[-1]["knn20"] == round(rows[-1]["knn20"] * 8) / 8, "eight test images"
+    bench = evaluation.Bench(tiny(eval_dataset=str(photos)))
+    assert len(bench.train_rows) == 34 and len(bench.test_rows) == 8
+
+
+def test_without_a_test_split_a_tenth_of_train_is_held_out(tiny, tmp_path, capsys):
+    for i in range(40):
+        (tmp_path / "own" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / "ab"[i % 2] / f"{i}.png").write_bytes(png(i))
+    bench = evaluation.Bench(tiny(dataset=str(tmp_path / "own"), max_samples=0))
+    assert "a random tenth" in capsys.readouterr().out
+    train_rows, test_rows = bench.train_rows, bench.test_rows
+    assert len(test_rows) == 4 and len(train_rows) == 36 and not {*test_rows} & {*train_rows}
+    with pytest.raises(UserError, match="no split 'test', only train"):
+        evaluation.Bench(tiny(dataset=str(tmp_path / "own"), max_samples=0, test_split="test"))
+
+
+def test_without_labels_spread_and_rank_are_evaluated(tiny, tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        for i in range(24):
+            PIL.Image.effect_noise((40, 40), 50 + i).save(tmp_path / "flat" / split / f"{i}.png")
+    cfg = tiny(dataset=str(tmp_path / "flat"), max_samples=0, epochs=1, eval_every=1)
+    train.main(cfg)
+    assert {"test_similarity", "test_rank"} <= metrics(cfg)[-1].keys()
+    rows = evaluation.main(EvalConfig((latest(cfg),)))
+    assert "no labels" in capsys.readouterr().out
+    assert "knn20" not in rows[-1] and {"cos_cls", "similarity", "rank"} <= rows[-1].keys()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut"])
+def test_files_that_are_no_checkpoints_are_refused_by_name(tmp_path, content):
+    path = tmp_path / "broken.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.pth is not a checkpoint"):
+        model.load_checkpoint(path)
+
+
+def test_a_checkpoint_that_lacks_a_setting_takes_its_default(tiny, caplog, monkeypatch):
+    train.main(tiny())
+    monkeypatch.setattr(model.log, "propagate", True)
+    saved = torch.load(latest(tiny()), weights_only=True)
+    del saved["config"]["pool"]
+    torch.save(saved, latest(tiny()))
+    assert model.load_checkpoint(latest(tiny()))[1].pool == "cls" and "lacks pool" in caplog.text
+    saved["config"]["pole"] = "cls"
+    torch.save(saved, latest(tiny()))
+    with pytest.raises(UserError, match="unexpected keyword argument 'pole'"):
+        model.load_checkpoint(latest(tiny()))
+
+
+def test_a_malicious_pickle_is_not_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    torch.save(dict(config={}, student=Bomb()), tmp_path / "bomb.pth")
+    with pytest.raises(UserError, match=r"bomb\.pth is not a checkpoint"):
+        model.load_checkpoint(tmp_path / "bomb.pth")
+    assert not (tmp_path / "exploded").exists()
