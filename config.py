@@ -23,7 +23,7 @@ PRESETS = {
     "demo": dict(
         dataset="shapes", teacher="demo", teacher_size=32, student="vit_tiny_patch16_224",
         student_args="patch_size=8 embed_dim=64 depth=4 num_heads=4 weight_init=jax",
-        student_size=32, crop_scale=0.8, precision="fp32", batch_size=64, epochs=12, lr=3e-3,
+        student_size=32, crop_scale=0.8, precision="fp32", batch_size=64, epochs=14, lr=3e-3,
         eval_at_end=True),
     # 500,000 images of your own (--dataset) on one GPU. No run of that size has been made.
     "hf": dict(dataset="", batch_size=512, epochs=100, warmup_epochs=5.0),
@@ -41,18 +41,16 @@ class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""
 
 
-def fixed(default, help, low=None, high=sys.maxsize, choices=(), free=False, local=False):
-    """A setting, which is also a flag. low and high are inclusive.
+def fixed(default, help, low=None, high=sys.maxsize, choices=(), free=False):
+    """A setting, which is also a flag; low and high are inclusive.
 
-    A fixed setting must stay the same when a run is continued, a free one may change. A local one
-    may also differ between the machines of a run.
+    A fixed setting must stay the same when a run is continued, a free one may change.
     """
-    rules = dict(help=help, low=low, high=high, choices=choices, free=free, local=local)
+    rules = dict(help=help, low=low, high=high, choices=choices, free=free)
     return dataclasses.field(default=default, metadata=rules)
 
 
 free = functools.partial(fixed, free=True)
-local = functools.partial(fixed, free=True, local=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +60,13 @@ class Config:
     # results/recipe/README.md: which defaults were compared with others, and on what.
     preset: str = free("", "defaults to start from", choices=("", *PRESETS))
     # data
-    dataset: str = local("cifar10", "cifar10, cifar100, shapes, owner/name on the Hub, or a folder")
+    dataset: str = free("cifar10", "cifar10, cifar100, shapes, owner/name on the Hub, or a folder")
     dataset_config: str = free("", "its configuration, if it has several on the Hub")
     image_column: str = free("", "its image column; empty = the only one")
     train_split: str = fixed("train", "split that the student learns from")
     max_samples: int = fixed(0, "learn from a fixed random subset; 0 = all images", 0)
-    store_size: int = fixed(0, "pixels of stored images; 0 = native, at most the models'", 0, 4096)
     crop_scale: float = fixed(0.4, "smallest area of a view, as a share of the image's", 0.01, 1)
-    cache_dir: str = local("cache", "for decoded images and cached targets; a fast disk")
+    cache_dir: str = free("cache", "for decoded images and cached targets; a fast disk")
     # evaluation; training never uses labels
     eval_dataset: str = free("", "data to evaluate on; empty = the training data")
     eval_column: str = free("", "image column of eval_dataset; empty = the only one")
@@ -80,14 +77,14 @@ class Config:
     eval_at_end: bool = free(False, "run eval.py on the last checkpoint")
     # teacher
     teacher: str = fixed("dinov2_vitb14", "dinov2_vit{s,b,l,g}14[_reg], demo, or any timm model")
-    teacher_weights: str = local("", "a file of its weights; empty = from the Hub")
+    teacher_weights: str = free("", "a file of its weights; empty = from the Hub")
     teacher_size: int = fixed(224, "pixels the teacher sees; a multiple of its patch", 8, 4096)
     teacher_views: int = fixed(4, "views of each image whose targets are cached; later epochs "
                                "repeat them; 0 = no cache, a new view every epoch", 0, 1000)
     # student
     student: str = fixed("vit_small_patch16_224", "any timm model")
     student_args: str = fixed("", "its timm arguments: 'depth=6 embed_dim=192 num_heads=3'")
-    student_weights: str = local("", "a file to start from, ours or timm's; empty = random weights")
+    student_weights: str = free("", "a file to start from, ours or timm's; empty = random weights")
     student_size: int = fixed(96, "pixels the student sees; a multiple of its patch", 8, 4096)
     pool: str = fixed("cls", "embed by class token, or mean of patches", choices=("cls", "mean"))
     # loss
@@ -107,7 +104,7 @@ class Config:
     grad_clip: float = fixed(1.0, "largest gradient norm; 0 = no clipping", 0)
     seed: int = fixed(0, "random seed of order, views and initialisation", 0, 2**31 - 1)
     # run
-    run_dir: str = local("", "run folder; empty = runs/DATASET-TEACHER-STUDENT")
+    run_dir: str = free("", "run folder; empty = runs/DATASET-TEACHER-STUDENT")
     resume: bool = free(True, "continue the run in run_dir; --no_resume moves it aside first")
     device: str = free("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = free("auto", "auto = bf16 where the hardware has it, else fp16 on a GPU, fp32 "
@@ -118,10 +115,15 @@ class Config:
                            "0 = only at the end", 0)
 
     @property
-    def run_path(self) -> Path:
+    def run_path(self):
         return Path(self.run_dir or f"runs/{slug(self.dataset)}-{self.teacher}-{self.student}")
 
-    def problems(self) -> list[str]:
+    @property
+    def stored_size(self):
+        """Pixels of stored images, at most: no network sees more."""
+        return max(self.teacher_size, self.student_size)
+
+    def problems(self):
         """What is wrong with data and run settings; model.py checks what concerns the models."""
         found = data_problems(self.dataset)
         if self.eval_dataset:
@@ -129,8 +131,6 @@ class Config:
         for flag in ("teacher_weights", "student_weights"):
             if (file := getattr(self, flag)) and not Path(file).is_file():
                 found.append(f"--{flag} {file}: no such file")
-        if not self.train_split:
-            found.append("--train_split is empty")
         if self.cls_weight == self.patch_weight == 0:
             found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
         if self.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
@@ -146,28 +146,26 @@ class EvalConfig:
     max_train: int = free(0, "use a fixed random subset of the training images; 0 = all", 0)
     max_test: int = free(0, "use a fixed random subset of the test images; 0 = all", 0)
     baselines: bool = free(True, "also evaluate the teacher and an untrained student")
-    overrides: dict | None = None  # of these settings of Config
-    OVERRIDABLE = ("dataset dataset_config image_column cache_dir eval_dataset eval_column "
-                   "eval_split test_split label_column teacher_weights device precision").split()
+    overrides: dict | None = None  # of free settings of Config
 
-    def problems(self) -> list[str]:
+    def problems(self):
         if not self.checkpoints:
             return ["no checkpoint given: python eval.py runs/NAME/checkpoint_latest.pth"]
         return [f"no such checkpoint: {c}" for c in self.checkpoints if not Path(c).is_file()]
 
 
-def slug(name: str) -> str:
+def slug(name):
     """A path's last part, or any name, as part of a file name."""
     return re.sub(r"[^\w.]+", "_", Path(name).resolve().name).lower()[-60:] if name else ""
 
 
-def suggestion(name: str, known, prefix: str = "") -> str:
+def suggestion(name, known, prefix=""):
     """'; did you mean x or y?', or nothing."""
     close = difflib.get_close_matches(name, list(known))
     return f"; did you mean {' or '.join(prefix + c for c in close)}?" if close else ""
 
 
-def data_problems(dataset: str) -> list[str]:
+def data_problems(dataset):
     """What is wrong with the name of a data set."""
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset)
     if dataset in DATASETS or on_hub or (dataset and Path(dataset).is_dir()):
@@ -176,84 +174,69 @@ def data_problems(dataset: str) -> list[str]:
             f"existing folder{suggestion(dataset, DATASETS)}"]
 
 
-def wrong_values(cfg) -> list[str]:
-    """The settings of a Config or EvalConfig with a wrong type, choice or range."""
-    found = []
+def validate(cfg, *checks, found=()):
+    """Raise one UserError with every problem: `found`, wrong values, and those of `checks`."""
+    found = list(found)
     for field in dataclasses.fields(cfg):
         value, rule = getattr(cfg, field.name), field.metadata
-        kind = (int, float) if field.type is float else field.type
-        if not isinstance(value, kind):
-            found.append(f"--{field.name} {value!r}: not a value of type {field.type.__name__}")
-        elif rule and rule["choices"] and value not in rule["choices"]:
+        if rule and rule["choices"] and value not in rule["choices"]:
             close = suggestion(value, rule["choices"])
             found.append(f"--{field.name} {value}: not one of {', '.join(rule['choices'])}{close}")
         elif rule and rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
             found.append(f"--{field.name} {value}: must be from {rule['low']} to {rule['high']:g}")
-    return found
-
-
-def validate(cfg, *checks, found=()) -> None:
-    """Raise one UserError with every problem: `found`, wrong values, and those of `checks`."""
-    found = [*found, *wrong_values(cfg)]
     for check in checks:
         found += check(cfg)
     if found:
         raise UserError("\n".join(dict.fromkeys(found)))
 
 
-def make_parser(fields, about: str) -> argparse.ArgumentParser:
+def make_parser(fields, about):
     """A parser with a flag for each of some dataclass fields; values stay text."""
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, exit_on_error=False,
                                      argument_default=argparse.SUPPRESS)
     for field in fields:
         text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
-        kind = "|".join(field.metadata["choices"]) or field.type.__name__
         if field.type is tuple:
             parser.add_argument(field.name, nargs="*", help=text)
         elif field.type is bool:
             parser.add_argument(f"--{field.name}", action="store_true", help=text)
             parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false")
         else:
+            kind = "|".join(field.metadata["choices"]) or field.type.__name__
             parser.add_argument(f"--{field.name}", metavar=kind.upper(), help=text)
     return parser
 
 
-def parse(cls, argv: list[str], *checks):
+def parse(cls, argv, *checks):
     """Command line -> a validated Config or EvalConfig: the preset first, then the flags.
 
     Raises UserError that lists every unknown flag and wrong value, with the closest valid names.
     """
     own = {field.name: field for field in dataclasses.fields(cls) if field.metadata}
-    flags = dict(own)
-    for field in dataclasses.fields(Config):
-        if field.name in getattr(cls, "OVERRIDABLE", ()):
-            flags[field.name] = field
+    flags = {f.name: f for f in dataclasses.fields(Config) if f.metadata["free"]} | own
     given, unknown = make_parser(flags.values(), cls.__doc__).parse_known_args(argv)
-    problems = []
+    found = []
     for word in unknown:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
-        close = suggestion(name, flags, "--")
-        if name in ALIASES:
-            close = f"; here it is --{ALIASES[name]}"
+        close = f"; here it is --{ALIASES[name]}" if name in ALIASES else ""
         if word.startswith("-"):
-            problems.append(f"unknown flag --{name}{close}")
-        elif not problems:
-            problems.append(f"unexpected {word!r}: settings are written --name value")
+            found.append(f"unknown flag --{name}{close or suggestion(name, flags, '--')}")
+        elif not found:
+            found.append(f"unexpected {word!r}: settings are written --name value")
     values, overrides = dict(PRESETS.get(getattr(given, "preset", ""), {})), {}
     for name, text in vars(given).items():
-        target = values if name in own else overrides
         try:
-            target[name] = flags[name].type(text)
+            (values if name in own else overrides)[name] = flags[name].type(text)
         except ValueError:
-            problems.append(f"--{name} {text}: not a number of type {flags[name].type.__name__}")
+            found.append(f"--{name} {text}: not a number of type {flags[name].type.__name__}")
     if overrides:
         values["overrides"] = overrides
     cfg = cls(**values)
-    validate(cfg, cls.problems, *checks, found=problems)
+    validate(cfg, cls.problems, *checks, found=found)
     return cfg
 
 
-def cli(main, cls, *checks) -> None:
+def cli(main, cls, *checks):
     """Run main(parse(cls, argv)); a UserError becomes a message and exit status 2."""
     log = logging.getLogger("distill")
     log.setLevel(logging.INFO)
@@ -268,7 +251,7 @@ def cli(main, cls, *checks) -> None:
         sys.exit(2)
 
 
-def write_atomically(path: Path, write) -> None:
+def write_atomically(path, write):
     """Run write(temporary path), flush it to the disk, and rename it into place.
 
     Raises UserError when it cannot be written; what had the name before is intact.
@@ -284,7 +267,7 @@ def write_atomically(path: Path, write) -> None:
         raise UserError(f"cannot write {path}: {reason(error)}") from error
 
 
-def reason(error: BaseException) -> str:
+def reason(error):
     """The root cause of an error, on one line; libraries wrap what happened."""
     while error.__cause__:
         error = error.__cause__
@@ -295,7 +278,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
-def from_hub(what: str, instead: str, load, *arguments, **options):
+def from_hub(what, instead, load, *arguments, **options):
     """load(*arguments, **options), which may download; or a UserError that tells why it cannot.
 
     Without a response from the Hub in five seconds its libraries are switched to offline mode: they

@@ -41,6 +41,7 @@ CHUNK = 64  # images that are decoded or embedded at once
 ORDER, VIEW = range(2)  # keep the random numbers of epochs and views apart
 THREADS = min(16, os.cpu_count() or 1)  # that decode and read
 LABEL_COLUMNS = "label", "fine_label", "cls"
+BYTES = datasets.Value("binary"), datasets.Value("large_binary")
 TABLES = ".parquet", ".arrow", ".tar", ".zip"  # a folder with one of these is for `datasets`
 SPLIT_NAMES = dict(  # a folder's name -> the split it holds
     train="train", training="train", test="test", testing="test", validation="validation",
@@ -63,11 +64,11 @@ def read_ahead(function, arguments):
             yield future.result()
 
 
-def chunks(rows: np.ndarray) -> list[np.ndarray]:
-    return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+def chunks(rows):
+    return np.split(rows, np.arange(CHUNK, len(rows), CHUNK))
 
 
-def make_once(path: Path, make) -> None:
+def make_once(path, make):
     """Unless `path` exists, make(part) a file or folder and rename it to `path`.
 
     Other processes wait. A part that an interrupted process has left is there when `make` begins.
@@ -83,7 +84,7 @@ def make_once(path: Path, make) -> None:
                 raise UserError(f"cannot write {part}: {reason(error)}") from error
 
 
-def check_space(folder: Path, need: int, advice: str) -> None:
+def check_space(folder, need, advice):
     """Raise UserError where a disk has less space than is needed."""
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -91,29 +92,31 @@ def check_space(folder: Path, need: int, advice: str) -> None:
                         f"another --cache_dir, or a smaller {advice}")
 
 
-def list_files(folder: str) -> dict[str, int]:
+def list_files(folder):
     """Relative name -> size of the files of a data set: its images, or with tables all files.
 
     Links are followed, hidden files and folders are left out.
     """
     found, seen = {}, set()
     for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
         if os.path.realpath(where) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(os.path.realpath(where))
-        for path in (os.path.join(where, name) for name in names if not name.startswith(".")):
-            if os.path.isfile(path):
-                found[os.path.relpath(path, folder)] = os.path.getsize(path)
-    kinds = Image.registered_extensions()
-    images = {name: size for name, size in found.items()
-              if kinds.get(Path(name).suffix.lower()) in Image.OPEN}
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(where, name) for name in names if not name.startswith(".")):
+            if path.is_file():
+                found[str(path.relative_to(folder))] = path.stat().st_size
+    images = {name: size for name, size in found.items() if is_image(name)}
     has_tables = any(name.endswith(TABLES) for name in found)
     return dict(sorted((images if images and not has_tables else found).items()))
 
 
-def image_splits(names) -> dict[str, dict[str, str | None]]:
+def is_image(name):
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.OPEN
+
+
+def image_splits(names):
     """Relative names of image files -> split -> name -> class, or None.
 
         train/cat/1.jpg  test/cat/2.jpg      splits and classes, also Train, testing, val
@@ -128,7 +131,7 @@ def image_splits(names) -> dict[str, dict[str, str | None]]:
             root = folder.parent
     paths = {name: Path(name).relative_to(root).parts for name in names}
     tops = {SPLIT_NAMES.get(path[0].lower(), "") for path in paths.values() if len(path) > 1}
-    has_splits = len(tops - {""}) > 1 or (len(tops) > 0 and "" not in tops)
+    has_splits = len(tops - {""}) > 1 or (tops and "" not in tops)
     splits = {}
     for name, path in paths.items():
         split = "train"
@@ -138,7 +141,7 @@ def image_splits(names) -> dict[str, dict[str, str | None]]:
     return splits
 
 
-def load_folder(folder: str, names) -> dict:
+def load_folder(folder, names):
     """Split -> `datasets.Dataset` of a folder of images; logs how the folder was understood."""
     kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
     tables = {}
@@ -154,7 +157,7 @@ def load_folder(folder: str, names) -> dict:
     return tables
 
 
-def load_splits(cfg) -> dict:
+def load_splits(cfg):
     """Split -> `datasets.Dataset`, of any data set. Raises UserError: not found, no network."""
     if cfg.dataset == "shapes":
         from demo.shapes import shapes
@@ -162,20 +165,20 @@ def load_splits(cfg) -> dict:
         return shapes()
     if cfg.dataset in DATASETS or not Path(cfg.dataset).is_dir():
         name = DATASETS.get(cfg.dataset, cfg.dataset)
-        what = " ".join(["the dataset", name, cfg.dataset_config]).rstrip()
-        return from_hub(what, "--dataset FOLDER", datasets.load_dataset, name,
-                        cfg.dataset_config or None)
+        what = f"the dataset {name} {cfg.dataset_config}".rstrip()
+        config = cfg.dataset_config or None
+        return from_hub(what, "--dataset FOLDER", datasets.load_dataset, name, config)
     folder, files = os.path.realpath(cfg.dataset), list_files(cfg.dataset)
     if "dataset_dict.json" in files:
         return datasets.load_from_disk(folder)
     if "state.json" in files:
         return dict(train=datasets.load_from_disk(folder))
-    if any(Path(name).suffix.lower() in Image.registered_extensions() for name in files):
+    if any(map(is_image, files)):
         return load_folder(folder, files)
     return datasets.load_dataset(folder)
 
 
-def open_source(cfg, split: str):
+def open_source(cfg, split):
     """One split -> (its name, `datasets.Dataset` of undecoded images, labels int64 [I]).
 
     split "" is test, else validation. Raises UserError: not found, no network, no such split, no or
@@ -183,16 +186,15 @@ def open_source(cfg, split: str):
     """
     splits = load_splits(cfg)
     wanted = [split, SPLIT_NAMES.get(split)] if split else ["test", "validation", "valid", "val"]
-    found = next((name for name in wanted if name in splits), None)
-    if found is None:
+    found = [name for name in wanted if name in splits]
+    if not found:
         raise NoSplit(f"dataset {cfg.dataset} has no split {wanted[0]!r}, only "
                       f"{', '.join(splits)}: set --train_split or --test_split")
-    columns = splits[found].features
+    split, columns = found[0], splits[found[0]].features
     images = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
     if not images:  # files written elsewhere hold the bytes, but not the type
-        images = [name for name, kind in columns.items()
-                  if kind in (datasets.Value("binary"), datasets.Value("large_binary"))
-                  or "bytes" in (kind if isinstance(kind, dict) else ())]
+        images = [name for name, kind in columns.items() if kind in BYTES
+                  or (isinstance(kind, dict) and "bytes" in kind)]
     if cfg.image_column:
         images = [cfg.image_column]
     if len(images) != 1:
@@ -200,12 +202,12 @@ def open_source(cfg, split: str):
                         f"{', '.join(columns)}: set --image_column")
     labels = [name for name in LABEL_COLUMNS if name in columns]
     labels += [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
-    source = splits[found].select_columns(images).rename_columns({images[0]: "image"})
+    source = splits[split].select_columns(images).rename_columns({images[0]: "image"})
     source = source.cast_column("image", datasets.Image(decode=False))
-    return found, source, read_labels(splits, found, cfg.label_column or next(iter(labels), ""))
+    return split, source, read_labels(splits, split, cfg.label_column or (labels or [""])[0])
 
 
-def read_labels(splits: dict, split: str, column: str) -> np.ndarray:
+def read_labels(splits, split, column):
     """Classes int64 [I], numbered alike in all splits; -1 for NULL, NaN, -1, lists, no column."""
     rows = splits[split]
     if not column or not isinstance(rows.features[column], (datasets.Value, datasets.ClassLabel)):
@@ -214,10 +216,10 @@ def read_labels(splits: dict, split: str, column: str) -> np.ndarray:
              for value in part.unique(column)}
     classes = sorted(value for value in known - {None, -1} if value == value)
     numbers = {value: number for number, value in enumerate(classes)}
-    return np.array([numbers.get(value, -1) for value in rows[column][:]], np.int64)
+    return np.array([numbers.get(value, -1) for value in rows[column][:]])
 
 
-def open_image(cell: dict | None, folders: list[str]) -> Image.Image:
+def open_image(cell, folders):
     """A cell of a source, {"bytes", "path"} or None, as a PIL image that is not decoded yet.
 
     A path, relative to the first of `folders`, counts only inside of one: a stranger's data may
@@ -238,7 +240,7 @@ def open_image(cell: dict | None, folders: list[str]) -> Image.Image:
     return image
 
 
-def decode(cell: dict | None, size: int, folders=("",)) -> np.ndarray:
+def decode(cell, size, folders=("",)):
     """A cell -> uint8 [3, size, size]: upright RGB, short side resized, centre-cropped.
 
     What is transparent is laid on white. The white of gray images is 65535 where they have integers
@@ -263,7 +265,7 @@ def decode(cell: dict | None, size: int, folders=("",)) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def decode_chunk(cells, rows: np.ndarray, size: int, folders):
+def decode_chunk(cells, rows, size, folders):
     """Cells and their rows -> images, the rows of these, and (row, file, reason) of the others."""
     images, kept, bad = [], [], []
     for row, cell in zip(rows.tolist(), cells, strict=True):
@@ -277,53 +279,58 @@ def decode_chunk(cells, rows: np.ndarray, size: int, folders):
 
 
 class RowFile:
-    """An array [I, ...] of bytes in a file: `file[rows]` is a copy of some rows, in any thread.
+    """An array [I, ...] of bytes in a file: `file[rows]` is a tensor of some rows, in any thread.
 
     Plain reads: a memory map faults page by page, which is ten times slower from a disk, and what
     it has touched counts as the process's memory (results/speed).
     """
 
-    def __init__(self, path: Path, dtype, shape: tuple):
+    def __init__(self, path, dtype, shape):
         self.path, self.dtype, self.shape = path, dtype, shape
         self.file, self.nbytes = open(path, "rb", buffering=0), math.prod(shape)
         if (size := path.stat().st_size) != self.nbytes:
             raise UserError(f"{path} has {size} bytes, not {self.nbytes}: it is damaged; delete "
                             f"the folder {path.parent}")
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        file, n = self.file.fileno(), math.prod(self.shape[1:])
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        file, n = self.file.fileno(), self.nbytes // self.shape[0]
         content = bytearray().join([os.pread(file, n, row * n) for row in rows.tolist()])
-        return np.frombuffer(content, self.dtype).reshape(-1, *self.shape[1:])
+        return torch.frombuffer(content, dtype=self.dtype).view(-1, *self.shape[1:])
 
-    def to(self, device) -> Tensor:
+    def to(self, device):
         """All of it as a tensor on a device."""
-        return torch.from_numpy(np.memmap(self.path, self.dtype, "c", 0, self.shape)).to(device)
+        content = torch.from_file(str(self.path), size=self.nbytes, dtype=self.dtype)
+        return content.view(self.shape).to(device)
 
 
 class Store:
     """Decoded images in a folder: images `uint8 [I, 3, S, S]`, labels `int64 [I]`, -1 for none.
 
-    rows: their positions in the source. info: the split, and (row, file, reason) of what could not
-    be read.
+    rows: their positions in the source. split: its name. unreadable: (row, file, reason) of what
+    could not be read. fingerprint: of all that determines the images.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.info = path, json.loads((path / "info.json").read_text())
-        self.size, self.fingerprint = self.info["size"], self.info["fingerprint"]
+    def __init__(self, path):
+        info = json.loads((path / "info.json").read_text())
+        self.path, self.split, self.unreadable = path, info["split"], info["unreadable"]
+        self.size, self.fingerprint = info["size"], path.name[-12:]
         self.rows, self.labels = np.load(path / "rows.npy")
-        self.images = RowFile(path / "images.u8", np.uint8, (len(self), 3, self.size, self.size))
+        shape = len(self), 3, self.size, self.size
+        self.images = RowFile(path / "images.u8", torch.uint8, shape)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.rows)
 
+    def __str__(self):
+        return f"{len(self)} images of {self.size} px, {len(self.unreadable)} unreadable"
 
-def open_store(cfg, split: str, size_limit: int, max_samples: int = 0) -> Store:
+
+def open_store(cfg, split, max_samples=0):
     """The store of one split, built first if it is not there yet.
 
     cfg: anything with the data fields of Config. split: a name, or "" for test, else validation.
-    size_limit: stored size at most, unless cfg.store_size is set. The store is found again by a
-    fingerprint of all that determines its pixels; of a Hub data set that is its name, of a folder
-    the names and sizes of its files. Raises UserError as `open_source`.
+    The store is found again by a fingerprint of all that determines its pixels: of a Hub data set
+    its name, of a folder the names and sizes of its files. Raises UserError as `open_source`.
     """
     content = cfg.dataset
     if content == "shapes":
@@ -332,69 +339,66 @@ def open_store(cfg, split: str, size_limit: int, max_samples: int = 0) -> Store:
         content = drawing()
     elif content not in DATASETS and Path(content).is_dir():
         content = list_files(content)
-    what = [STORE_FORMAT, split, size_limit, max_samples, cfg.store_size, cfg.dataset_config,
-            cfg.image_column, content]
-    fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-    names = slug(cfg.dataset), slug(split or "test"), slug(cfg.label_column), fingerprint
-    path = Path(cfg.cache_dir) / "stores" / "-".join(filter(None, names))
-    build = functools.partial(build_store, cfg, split, size_limit, max_samples, fingerprint)
-    make_once(path, build)
+    what = [STORE_FORMAT, split, cfg.stored_size, max_samples, cfg.dataset_config,
+            cfg.image_column, cfg.label_column, content]
+    fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    name = f"{slug(cfg.dataset)}-{slug(split or 'test')}-{fingerprint[:12]}"
+    path = Path(cfg.cache_dir) / "stores" / name
+    make_once(path, functools.partial(build_store, cfg, split, max_samples))
     try:
         return Store(path)
     except (OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({reason(error)}): delete it") from error
 
 
-def build_store(cfg, split, size_limit, max_samples, fingerprint, path: Path) -> None:
-    """Decode a split in threads into a folder. The stored size is the median of 64 short sides."""
+def build_store(cfg, split, max_samples, path):
+    """Decode a split into a folder. The stored size is the median of 64 short sides, at most."""
     try:
         split, source, labels = open_source(cfg, split)
     except UserError:
         raise
     except Exception as error:  # `datasets` and what it stands on raise what they like
         raise UserError(f"cannot read the dataset {cfg.dataset}: {reason(error)}") from error
-    folders = [HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE)]
-    folders[:0] = os.path.abspath(cfg.dataset), os.path.realpath(cfg.dataset)
-    rows, sides = subset(np.arange(len(source)), max_samples), []
+    folders = [os.path.abspath(cfg.dataset), os.path.realpath(cfg.dataset), HF_HUB_CACHE,
+               str(datasets.config.HF_DATASETS_CACHE)]
+    rows, sides = subset(np.arange(len(source)), max_samples), [cfg.stored_size]
     for cell in source[subset(rows, 64)]["image"]:
         with contextlib.suppress(Exception):  # counted and reported below
             sides.append(min(open_image(cell, folders).size))
-    native = int(np.median(sides)) if sides else size_limit
-    size = cfg.store_size or min(native, size_limit)
-    check_space(path.parent, 3 * size**2 * len(rows), "--store_size or --max_samples")
+    size = min(cfg.stored_size, int(np.median(sides[1:] or sides)))
+    check_space(path.parent, 3 * size**2 * len(rows), "--max_samples")
     shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed
     path.mkdir()
     parts, kept, bad = chunks(rows), [], []
-    decoded = read_ahead(
-        decode_chunk, ((source[part]["image"], part, size, folders) for part in parts))
+    jobs = ((source[part]["image"], part, size, folders) for part in parts)
     with open(path / "images.u8", "wb") as file:
-        for images, good, unreadable in progress(decoded, "decoding", len(parts)):
+        for decoded in progress(read_ahead(decode_chunk, jobs), "decoding", len(parts)):
+            images, good, unreadable = decoded
             file.writelines(images)
-            kept.extend(good)
-            bad.extend(unreadable)
+            kept += good
+            bad += unreadable
         os.fsync(file.fileno())
     if not kept:
         raise UserError(f"dataset {cfg.dataset} {split} has no image that can be read {bad[:1]}")
     np.save(path / "rows.npy", np.stack([kept, labels[kept]]))
-    info = dict(split=split, size=size, unreadable=bad, fingerprint=fingerprint)
-    (path / "info.json").write_text(json.dumps(info))
+    (path / "info.json").write_text(json.dumps(dict(split=split, size=size, unreadable=bad)))
     if bad:
         log.warning(f"{len(bad)} of {len(rows)} images cannot be read and are left out, such as "
                     f"{bad[0]}; {path}/info.json lists them")
 
 
-def subset(rows: np.ndarray, count: int) -> np.ndarray:
+def subset(rows, count):
     """`count` random ones of `rows` (0 = all), in order, the same every time."""
     order = np.random.default_rng(0).permutation(rows)
     return np.sort(order[: count or None])
 
 
-def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(images, seed, epoch):
     """The images of an epoch, in order: a permutation from (seed, epoch)."""
     return np.random.default_rng([seed, ORDER, epoch]).permutation(images)
 
 
-def batch_rows(order: np.ndarray, batch_size: int, rank: int = 0, world: int = 1) -> np.ndarray:
+def batch_rows(order, batch_size, rank=0, world=1):
     """A process's share of each batch: int64 [batches, batch_size / world].
 
     The last batch is filled up from the front.
@@ -410,15 +414,12 @@ def view_boxes(seed: int, view: int, images: int, crop_scale: float) -> Tensor:
     boxes are mirrored (torchvision's RandomResizedCrop, without its rejection loop). Row i does
     not depend on the number of images.
     """
-    rng = np.random.default_rng([seed, VIEW, view])
-    area, ratio, x, y, side = rng.random((images, 5)).T
-    area = crop_scale + (1 - crop_scale) * area
-    ratio = (4 / 3) ** (2 * ratio - 1)
-    w = np.sqrt(area * ratio).clip(max=1)
-    h = np.sqrt(area / ratio).clip(max=1)
+    random = np.random.default_rng([seed, VIEW, view]).random((images, 5), np.float32)
+    area, ratio, x, y, side = torch.from_numpy(random).unbind(1)
+    area, ratio = crop_scale + (1 - crop_scale) * area, (4 / 3) ** (2 * ratio - 1)
+    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     x, y, mirrored = x * (1 - w), y * (1 - h), side < 0.5
-    x, w = np.where(mirrored, x + w, x), np.where(mirrored, -w, w)
-    return torch.from_numpy(np.stack([x, y, w, h], 1).astype(np.float32))
+    return torch.stack([torch.where(mirrored, x + w, x), y, torch.where(mirrored, -w, w), h], 1)
 
 
 def render(images: Tensor, boxes: Tensor | None, size: int) -> Tensor:
@@ -436,24 +437,25 @@ def render(images: Tensor, boxes: Tensor | None, size: int) -> Tensor:
         return (down[:, None] @ (pixels @ across[:, None].mT)).clamp_(0, 1)
 
 
-def resize_matrix(start: Tensor, length: Tensor, size: int, stored: int) -> Tensor:
+def resize_matrix(start, length, size, stored):
     """Weights [B, size, stored] of the stored pixels in each output pixel (Keys 1981, a = -0.5)."""
     steps = (torch.arange(size, device=start.device) + 0.5) / size
     centre = (start[:, None] + length[:, None] * steps) * stored
     width = (length.abs() * stored / size).clamp(min=1)  # > 1 when shrinking: anti-aliasing
     source = torch.arange(stored, device=start.device) + 0.5
-    d = ((source - centre[..., None]) / width[:, None, None]).abs()
-    near = (1.5 * d - 2.5) * d * d + 1
-    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
+    d = (source - centre[..., None]).abs() / width[:, None, None]
+    near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
     weights = torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
     return weights / weights.sum(-1, keepdim=True)
 
 
-def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+def to_device(tensor, device):
     """Move to a device; for CUDA by way of pinned memory, so that nothing waits for the copy."""
-    if tensor is None or device.type != "cuda":
-        return tensor if tensor is None else tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if tensor is None or device.type == "cpu":
+        return tensor
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def quantise(targets: Tensor) -> Tensor:

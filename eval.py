@@ -25,10 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import model as models
 from config import Config, EvalConfig, UserError, cli, data_problems, slug, validate
-from model import Backbone, Features
 
 TEMPERATURE = 0.07  # of k-NN votes, as in DINO
-NEIGHBOURS = (10, 20)  # k; README and docs quote 20
+K = 20  # neighbours
 STRENGTHS = tuple(10.0**e for e in range(-5, 3))  # C of the probe, smallest first
 HOLDOUT = 10  # C is chosen on one training image of so many
 COMPARED = 1000  # test images on which student and teacher are compared directly
@@ -41,22 +40,20 @@ COLUMNS = {  # key of a row -> heading, format
 }
 
 
-def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, ks=NEIGHBOURS) -> list[Tensor]:
-    """Weighted k-NN on the cosine, votes exp(cos / 0.07): predicted labels int64 [Q] for each k.
+def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int = K) -> Tensor:
+    """Weighted k-NN on the cosine, with votes exp(cos / 0.07): predicted labels int64 [Q].
 
     train [I, D], labels int64 [I] >= 0, queries [Q, D]; float32 throughout. k above I means I.
     Predicts what scikit-learn's KNeighborsClassifier does with the same metric and weights.
     """
     train, classes = F.normalize(train.float(), dim=1), int(labels.max()) + 1
-    predictions = [[] for _ in ks]
+    predicted = []
     for some in data.progress(F.normalize(queries.float(), dim=1).split(512), "k-NN"):
-        cos, nearest = (some @ train.T).topk(min(max(ks), len(train)))
-        votes = ((cos - 1) / TEMPERATURE).exp()  # minus 1: the same order, without overflow
-        for k, predicted in zip(ks, predictions, strict=True):
-            sums = torch.zeros(len(some), classes, device=train.device)
-            sums.scatter_add_(1, labels[nearest[:, :k]], votes[:, :k])
-            predicted.append(sums.argmax(1))
-    return [torch.cat(parts) for parts in predictions]
+        cos, nearest = (some @ train.T).topk(min(k, len(train)))
+        weights = ((cos - 1) / TEMPERATURE).exp()  # minus 1: the same order, without overflow
+        votes = weights[..., None] * F.one_hot(labels[nearest], classes)
+        predicted.append(votes.sum(1).argmax(1))
+    return torch.cat(predicted)
 
 
 def fit_probe(x: Tensor, y: Tensor, C: float, w: Tensor, tolerance: float = 1e-5) -> Tensor:
@@ -83,11 +80,11 @@ def fit_probe(x: Tensor, y: Tensor, C: float, w: Tensor, tolerance: float = 1e-5
     return w.detach()
 
 
-def probe_predict(w: Tensor, features: Tensor) -> Tensor:
+def probe_predict(w, features):
     return F.linear(features, w[:, :-1], w[:, -1]).argmax(1)
 
 
-def accuracy_of(predicted: Tensor, labels: Tensor) -> float:
+def accuracy(predicted, labels):
     return float((predicted == labels).double().mean())
 
 
@@ -98,21 +95,21 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor) -> tuple[Tensor, f
     """
     mean, std = train.double().mean(0), train.double().std(0).clamp_min(1e-8)
     train, test = (train - mean) / std, (test - mean) / std
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(train))).to(train.device)
     held, rest = order.tensor_split([max(1, len(order) // HOLDOUT)])
     w = train.new_zeros(int(labels.max()) + 1, train.shape[1] + 1)
     best, best_C = -1.0, STRENGTHS[0]
     for C in data.progress(STRENGTHS, "linear probe"):
         w = fit_probe(train[rest], labels[rest], C, w, tolerance=1e-4)
-        accuracy = accuracy_of(probe_predict(w, train[held]), labels[held])
-        if accuracy < best:
+        score = accuracy(probe_predict(w, train[held]), labels[held])
+        if score < best:
             break
-        if accuracy > best:
-            best, best_C = accuracy, C
+        if score > best:
+            best, best_C = score, C
     return probe_predict(fit_probe(train, labels, best_C, w), test), best_C
 
 
-def effective_rank(features: Tensor) -> float:
+def effective_rank(features):
     """exp of the entropy of the singular values, centred (Roy and Vetterli 2007): 1 to D."""
     centred = features.double() - features.double().mean(0)
     share = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
@@ -124,26 +121,25 @@ class Bench:
     """The training and test images of a config, ready to evaluate any backbone on.
 
     They are those of cfg.eval_dataset, else the training data. Without a test split, a tenth of the
-    training images is held out of k-NN and probe and tested.
+    training images is held out of k-NN and probe and tested. Images without a label are not used,
+    unless a split has no labels at all.
     """
 
-    def __init__(self, cfg: Config, max_train: int = 0, max_test: int = 0):
+    def __init__(self, cfg, max_train=0, max_test=0):
         if cfg.eval_dataset:  # subset, split and column settings belong to the training data
             cfg = dataclasses.replace(
                 cfg, dataset=cfg.eval_dataset, image_column=cfg.eval_column, train_split="train",
                 max_samples=0, dataset_config="")
         self.dataset, self.device = cfg.dataset, models.pick_device(cfg.device)
         self.autocast = models.autocast(self.device, models.pick_dtype(cfg.precision, self.device))
-        size = max(cfg.teacher_size, cfg.student_size)
-        split = cfg.eval_split or cfg.train_split
-        self.train = data.open_store(cfg, split, size, cfg.max_samples)
+        self.train = data.open_store(cfg, cfg.eval_split or cfg.train_split, cfg.max_samples)
         train_rows = np.arange(len(self.train))
         try:
-            self.test = data.open_store(cfg, cfg.test_split, size)
-            if self.test.info["split"] == self.train.info["split"]:
-                raise data.NoSplit(f"split {split} is both learned from and tested: set "
-                                   "--eval_split or --test_split")
+            self.test = data.open_store(cfg, cfg.test_split)
             test_rows = np.arange(len(self.test))
+            if self.test.split == self.train.split:
+                raise UserError(f"split {self.test.split} is both learned from and tested: set "
+                                "--eval_split or --test_split")
         except data.NoSplit:
             if cfg.test_split or len(train_rows) < 2:
                 raise
@@ -151,68 +147,55 @@ class Bench:
                   "probe and tested; the student has seen them, without labels")
             self.test, test_rows = self.train, data.subset(train_rows, -(-len(train_rows) // 10))
             train_rows = np.setdiff1d(train_rows, test_rows)
-        with_label = [rows[store.labels[rows] >= 0] for store, rows in
-                      ((self.train, train_rows), (self.test, test_rows))]
-        self.labelled = all(map(len, with_label))
-        if self.labelled:
-            train_rows, test_rows = with_label
-        self.train_rows = data.subset(train_rows, max_train)
-        self.test_rows = data.subset(test_rows, max_test)
+        self.train_rows = data.subset(labelled(self.train, train_rows), max_train)
+        self.test_rows = data.subset(labelled(self.test, test_rows), max_test)
         self.y = torch.from_numpy(self.train.labels[self.train_rows])
         self.y_test = torch.from_numpy(self.test.labels[self.test_rows])
+        self.labelled = bool(self.y.min() >= 0 and self.y_test.min() >= 0)
 
-    def images(self, store: data.Store, rows: np.ndarray):
-        """Yield whole stored images uint8 [B, 3, S, S] on the device."""
+    def embed(self, backbone, store, rows):
+        """Yield whole stored images uint8 [B, 3, S, S] on the device, and their Features."""
         for some in data.progress(data.chunks(rows), "features"):
-            yield torch.from_numpy(store.images[some]).to(self.device)
+            images = store.images[some].to(self.device)
+            with torch.inference_mode(), self.autocast:
+                yield images, backbone(data.render(images, None, backbone.image_size))
 
-    @torch.inference_mode()
-    def embed(self, backbone: Backbone, images: Tensor) -> Features:
-        """The Features of stored images uint8 [B, 3, S, S]."""
-        with self.autocast:
-            return backbone(data.render(images, None, backbone.image_size))
-
-    def features(self, backbone: Backbone) -> list[Tensor]:
+    def features(self, backbone):
         """CLS embeddings of the training and test images: float32 [I, D], [Q, D] on the CPU."""
         backbone.eval().to(self.device)
-        found = []
-        for store, rows in ((self.train, self.train_rows), (self.test, self.test_rows)):
-            embedded = [self.embed(backbone, some).cls.float().cpu()
-                        for some in self.images(store, rows)]
-            found.append(torch.cat(embedded))
-        return found
+        return [torch.cat([features.cls.float().cpu()
+                           for _, features in self.embed(backbone, store, rows)])
+                for store, rows in ((self.train, self.train_rows), (self.test, self.test_rows))]
 
-    def evaluate(self, train: Tensor, test: Tensor, probe: bool = True) -> dict:
+    def evaluate(self, train, test, probe=True):
         """Accuracies, if there are labels; mean similarity and rank of test embeddings [Q, D]."""
         # Apple's GPUs have no float64: there the CPU does this.
         device = self.device if self.device.type == "cuda" else "cpu"
         train, y, test, y_test = (x.to(device) for x in (train, self.y, test, self.y_test))
         row = dict(similarity=float(models.mean_similarity(test)), rank=effective_rank(test))
         if self.labelled:
-            for k, predicted in zip(NEIGHBOURS, knn_predict(train, y, test), strict=True):
-                row[f"knn{k}"] = accuracy_of(predicted, y_test)
+            row["knn20"] = accuracy(knn_predict(train, y, test), y_test)
             if probe and len(y) > 1:  # of one image none can be held out to choose C
                 predicted, row["C"] = linear_probe(train, y, test)
-                row["linear"] = accuracy_of(predicted, y_test)
+                row["linear"] = accuracy(predicted, y_test)
         return row
 
     @torch.inference_mode()
-    def compare(self, objective: models.Distiller, teacher: Backbone) -> dict:
+    def compare(self, objective, teacher):
         """Mean cosine of a student's predictions and its targets on test images, for each term."""
         objective, found = objective.eval().to(self.device), []
-        for images in self.images(self.test, data.subset(self.test_rows, COMPARED)):
-            targets = objective.targets(self.embed(teacher, images))
+        rows = data.subset(self.test_rows, COMPARED)
+        for images, features in self.embed(teacher, self.test, rows):
+            pixels = data.render(images, None, objective.student.image_size)
             with self.autocast:
-                _, stats = objective(
-                    data.render(images, None, objective.student.image_size), targets)
-            found.append(stats)
+                found.append(objective(pixels, objective.targets(features))[1])
         return {name: float(torch.stack([stats[name] for stats in found]).mean())
                 for name in found[0] if name.startswith("cos_")}
 
     @torch.inference_mode()
-    def speed(self, backbone: Backbone) -> dict:
+    def speed(self, backbone):
         """Images per second of a forward of 64 images in memory, and GFLOPs an image."""
-        images = torch.rand(64, 3, *[backbone.image_size] * 2, device=self.device)
+        images = torch.rand(64, 3, backbone.image_size, backbone.image_size, device=self.device)
         with FlopCounterMode(display=False) as flops:
             backbone(images[:1])
         seconds = []
@@ -223,12 +206,18 @@ class Bench:
             seconds.append(time.perf_counter() - begin)
         return dict(images_per_s=64 / np.median(seconds), gflops=flops.get_total_flops() / 1e9)
 
-    def row(self, name: str, backbone: Backbone) -> dict:
+    def row(self, name, backbone):
         row = dict(model=name, params_m=backbone.parameter_count / 1e6, size=backbone.image_size)
         return row | self.evaluate(*self.features(backbone)) | self.speed(backbone)
 
 
-def table(rows: list[dict]) -> str:
+def labelled(store, rows):
+    """Those of `rows` that have a label; all, if none has."""
+    with_label = rows[store.labels[rows] >= 0]
+    return with_label if len(with_label) else rows
+
+
+def table(rows):
     """Markdown, aligned for a terminal; columns without any value are left out."""
     keys = [key for key in COLUMNS if any(key in row for row in rows)]
     lines = [[COLUMNS[key][0] for key in keys], ["---"] * len(keys)]
@@ -238,9 +227,9 @@ def table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
-def load(path: str, overrides: dict) -> tuple[dict, Config, Backbone]:
+def load(path, overrides):
     """A checkpoint, its Config with some settings replaced, and its student. Raises UserError."""
-    saved, cfg = models.load_checkpoint(Path(path))
+    saved, cfg = models.load_checkpoint(path)
     settings = dict(student_weights="") | overrides
     # The file may be a stranger's: its cache_dir is used only where it is a cache already.
     if not (Path(cfg.cache_dir) / "stores").is_dir():
@@ -250,11 +239,11 @@ def load(path: str, overrides: dict) -> tuple[dict, Config, Backbone]:
     return saved, cfg, models.student_of(cfg, saved["student"])
 
 
-def main(args: EvalConfig) -> list[dict]:
+def main(args):
     """Evaluate checkpoints, the first one's teacher and its untrained student; returns the rows."""
     loaded = {path: load(path, args.overrides or {}) for path in args.checkpoints}
     first, cfg, _ = loaded[args.checkpoints[0]]
-    bench, rows, teacher, reference = Bench(cfg, args.max_train, args.max_test), [], None, {}
+    bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
     machine = models.environment(bench.device)
     print(f"{bench.dataset}: {len(bench.y)} training, {len(bench.y_test)} test images, {machine}",
           flush=True)
@@ -263,24 +252,22 @@ def main(args: EvalConfig) -> list[dict]:
     if args.baselines:
         try:
             teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
-            reference = bench.row(f"teacher {cfg.teacher}", teacher)
-            rows.append(reference)
+            rows.append(bench.row(f"teacher {cfg.teacher}", teacher))
         except UserError as error:  # the student can be evaluated without it
             print(f"without the teacher's row: {error}")
         rows.append(bench.row("student, untrained", models.student_of(cfg)))
     for path, (saved, cfg, student) in loaded.items():
         row = bench.row(f"{Path(path).parent.name}, epoch {saved['epoch']:g}", student)
-        row |= machine | dict(checkpoint=path, step=saved["step"])
-        names = ("weights", "teacher_size")
-        same_teacher = all(saved["fixed"][name] == first["fixed"][name] for name in names)
-        if same_teacher:
-            row |= {f"keeps_{name}": row[name] / reference[name]
-                    for name in ("knn20", "linear") if reference.get(name)}
-        if teacher and same_teacher and saved["fixed"]["objective"] == "Distiller":
-            objective = models.Distiller(student, teacher, cfg)
-            objective.load_state_dict(saved["objective"])
-            row |= bench.compare(objective, teacher)
-        rows.append(row)
+        fixed, same = saved["fixed"], ("weights", "teacher_size")
+        if teacher and all(fixed[key] == first["fixed"][key] for key in same):
+            for name in ("knn20", "linear"):
+                if rows[0].get(name):
+                    row[f"keeps_{name}"] = row[name] / rows[0][name]
+            if fixed["objective"] == "Distiller":
+                objective = models.Distiller(student, teacher, cfg)
+                objective.load_state_dict(saved["objective"])
+                row |= bench.compare(objective, teacher)
+        rows.append(row | machine | dict(checkpoint=path, step=saved["step"]))
     print(table(rows))
     name = f"eval-{slug(bench.dataset)}.json" if cfg.eval_dataset else "eval.json"
     file = Path(args.checkpoints[0]).with_name(name)

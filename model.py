@@ -18,6 +18,7 @@ import hashlib
 import logging
 import math
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import Config, UserError, from_hub, reason, suggestion, write_atomically, wrong_values
+from config import Config, UserError, from_hub, reason, suggestion, validate, write_atomically
 
 log = logging.getLogger("distill")
 
@@ -42,7 +43,7 @@ TEACHERS = {  # the official names -> timm's
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher.safetensors"
 DEMO_ARGS = dict(patch_size=8, embed_dim=96, depth=6, num_heads=6, init_values=1.0, img_size=32)
 WHITEN = dict(pca=0.5, frozen=0.0, linear=1.0)  # by head: targets are divided by std ** this
-TOKENS_PER_IMAGE = 8  # of each term, that `Distiller.fit` uses
+TOKENS_PER_IMAGE = 8  # at most, of each term, that `Distiller.fit` uses
 FORMAT = 3  # version of the checkpoints' contents
 
 
@@ -64,24 +65,22 @@ class Backbone(nn.Module):
     def __init__(self, net: nn.Module, image_size: int, pool: str = "cls"):
         super().__init__()
         # In channels_last conv nets are up to a tenth faster. ViTs do not mind.
-        self.net = net.eval().to(memory_format=torch.channels_last)
-        self.image_size = image_size
+        self.net, self.image_size = net.eval().to(memory_format=torch.channels_last), image_size
         # ViTs that end in a mean apply their last norm, `fc_norm`, after forward_features.
         self.token_norm = getattr(net, "fc_norm", None) or nn.Identity()
         self.prefix = getattr(net, "num_prefix_tokens", 0)
         self.has_cls = pool == "cls" and getattr(net, "cls_token", None) is not None
         self.parameter_count = sum(p.numel() for p in net.parameters())
         for name in ("mean", "std"):
-            value = torch.tensor(net.pretrained_cfg[name]).view(1, 3, 1, 1)
+            value = torch.tensor(net.pretrained_cfg[name]).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
         with torch.no_grad():
             x = net.forward_features(torch.zeros(1, 3, image_size, image_size))
         self.outputs_tokens = x.ndim == 3  # else a feature map
-        _, count, self.embed_dim = self.to_features(x).patches.shape
-        side = math.isqrt(count)
-        self.grid = side, side  # rows, columns
+        _, N, self.embed_dim = self.to_features(x).patches.shape
+        self.grid = math.isqrt(N), math.isqrt(N)  # rows, columns
         only_a_class = self.outputs_tokens and x.shape[1] == 1  # PiT
-        if side == 0 or side**2 != count or only_a_class:
+        if N == 0 or math.prod(self.grid) != N or only_a_class:
             raise UserError(f"it outputs {list(x.shape[1:])}, no square grid of patch embeddings; "
                             "take a ViT, a Swin or a conv net")
 
@@ -99,37 +98,36 @@ class Backbone(nn.Module):
         normalised = (images - self.mean) / self.std  # by the model's own constants
         return self.to_features(self.net.forward_features(normalised))
 
-    def __str__(self) -> str:
+    def __str__(self):
         return (f"{self.parameter_count / 1e6:.2f} M parameters, {self.image_size} px, grid "
                 f"{self.grid}, width {self.embed_dim}")
 
 
-def timm_arguments(name: str, image_size: int, arguments: dict) -> dict:
+def timm_arguments(name, image_size, arguments):
     """timm's arguments for an image size: transformers take it as img_size, conv nets take any.
 
     Raises UserError for unknown names, and for sizes that the patch does not divide: timm would
     silently drop the border.
     """
     if not timm.is_model(name):  # timm would also take "hf-hub:owner/name"
-        names = [*TEACHERS, *timm.list_models()]
-        raise UserError(f"not a model of timm {timm.__version__}{suggestion(name, names)}")
+        close = suggestion(name, [*TEACHERS, *timm.list_models()])
+        raise UserError(f"not a model of timm {timm.__version__}{close}")
     with torch.device("meta"):
         net = timm.create_model(name, num_classes=0, **arguments)
     projection = getattr(getattr(net, "patch_embed", None), "proj", None)
     patch = getattr(projection, "stride", (1,))[0]
     if image_size % patch:
-        low = image_size // patch * patch
-        raise UserError(f"{image_size} px is not a multiple of the {patch} px patch; "
-                        f"{low or patch} and {low + patch} are")
-    return arguments | (dict(img_size=image_size) if hasattr(net, "set_input_size") else {})
+        raise UserError(f"{image_size} px is not a multiple of the {patch} px patch, such as "
+                        f"{-(-image_size // patch) * patch}")
+    return dict(arguments, img_size=image_size) if hasattr(net, "set_input_size") else arguments
 
 
-def load_net(name: str, weights: str, **arguments) -> nn.Module:
+def load_net(name, weights, **arguments):
     """A timm model with the weights of a local file, or for "" with timm's from the Hub.
 
     Raises UserError: no network, a file that is damaged or not this model's.
     """
-    create = functools.partial(timm.create_model, name, num_classes=0, **arguments)
+    create = functools.partial(timm.create_model, name, **arguments)
     if not weights:
         return from_hub(f"the weights of {name}", "--teacher_weights FILE", create, pretrained=True)
     try:
@@ -154,16 +152,13 @@ def build_student(name: str, image_size: int, pool: str = "cls", weights: str = 
     Its attribute `arguments` holds all that timm needs to build it again.
     """
     arguments = timm_arguments(name, image_size, timm_kwargs)
-    if weights:
-        net = load_net(name, weights, **arguments)
-    else:
-        net = timm.create_model(name, num_classes=0, **arguments)
-    student = Backbone(net, image_size, pool)
+    load = functools.partial(load_net, weights=weights) if weights else timm.create_model
+    student = Backbone(load(name, num_classes=0, **arguments), image_size, pool)
     student.arguments = arguments
     return student
 
 
-def student_of(cfg: Config, weights: dict | None = None) -> Backbone:
+def student_of(cfg, weights=None):
     """The student of a config: with a checkpoint's weights, or as it is before training."""
     torch.manual_seed(cfg.seed)
     start = "" if weights else cfg.student_weights
@@ -174,12 +169,12 @@ def student_of(cfg: Config, weights: dict | None = None) -> Backbone:
     return student
 
 
-def student_arguments(text: str) -> dict:
+def student_arguments(text):
     """'depths=(2,2) weight_init=jax' -> {"depths": (2, 2), "weight_init": "jax"}, or UserError."""
     arguments = {}
     for item in re.split(r"[\s,]+(?![^(]*\))", text) if text else ():  # not inside parentheses
         name, _, value = item.partition("=")
-        if not (name.isidentifier() and value) or name.startswith("pretrained"):
+        if not (name and value) or name.startswith(("pretrained", "checkpoint")):
             raise UserError(f"--student_args {text!r}: write name=value, separated by spaces; "
                             "weights are given by --student_weights")
         try:
@@ -189,7 +184,7 @@ def student_arguments(text: str) -> dict:
     return arguments
 
 
-def teacher_spec(name: str) -> tuple[str, dict]:
+def teacher_spec(name):
     """Teacher name -> timm name and arguments."""
     if name == "demo":
         return "vit_small_patch14_dinov2", DEMO_ARGS
@@ -208,7 +203,8 @@ def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     timm_arguments(timm_name, image_size, arguments)  # raises before anything is downloaded
     if name == "demo":
         weights = weights or str(DEMO_TEACHER)
-    net = load_net(timm_name, weights, **arguments)  # at its native size, with its whole table
+    # At its native size, with its whole position table.
+    net = load_net(timm_name, weights, num_classes=0, **arguments)
     digest = hashlib.sha256()
     for value in net.state_dict().values():
         digest.update(value.numpy().tobytes())
@@ -233,13 +229,13 @@ def official_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     G = math.isqrt(table.shape[1] - 1)
     if grid == (G, G):
         return table
-    patches = table[:, 1:].reshape(1, G, G, -1).permute(0, 3, 1, 2)
-    factor = tuple((g + 0.1) / G for g in grid)
-    patches = F.interpolate(patches, scale_factor=factor, mode="bicubic", antialias=False)
+    patches = table[:, 1:].mT.unflatten(2, (G, G))
+    factor = [(g + 0.1) / G for g in grid]
+    patches = F.interpolate(patches, scale_factor=factor, mode="bicubic")
     return torch.cat([table[:, :1], patches.flatten(2).mT], 1)
 
 
-def problems(cfg: Config) -> list[str]:
+def problems(cfg):
     """What does not fit the models of a Config, found before anything is downloaded or written."""
     found = []
     for side in ("teacher", "student"):
@@ -301,12 +297,9 @@ class Head(nn.Module):
     def __init__(self, kind: str, student_dim: int, teacher_dim: int):
         super().__init__()
         self.kind, self.whiten = kind, WHITEN[kind]
+        width, self.predict = student_dim, nn.Identity()
         if kind == "linear":
-            width = teacher_dim
-            self.predict = nn.Linear(student_dim, teacher_dim)
-        else:
-            width = student_dim
-            self.predict = nn.Identity()
+            width, self.predict = teacher_dim, nn.Linear(student_dim, teacher_dim)
         self.register_buffer("mean", torch.zeros(teacher_dim))
         self.register_buffer("basis", torch.eye(teacher_dim, width))
         self.register_buffer("scale", torch.ones(width))
@@ -317,11 +310,9 @@ class Head(nn.Module):
         self.mean.copy_(features.mean(0))
         if self.kind == "pca":
             centred = features - self.mean
-            covariance = (centred.T @ centred).double().cpu() / len(centred)
+            covariance = (centred.T @ centred).double().cpu()
             axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : len(self.scale)]
-            # The sign of an eigenvector is arbitrary: the largest entry is made positive.
-            largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-            self.basis.zero_()[:, : axes.shape[1]] = axes * largest.sign()
+            self.basis.zero_()[:, : axes.shape[1]] = axes
         elif self.kind == "frozen":
             generator = torch.Generator().manual_seed(0)
             axes = nn.init.orthogonal_(torch.empty(self.basis.shape), generator=generator)
@@ -362,8 +353,8 @@ class Distiller(nn.Module):
         kind = cfg.head
         if kind == "auto":
             kind = "pca" if student.outputs_tokens else "linear"
-        self.heads = nn.ModuleDict(
-            {name: Head(kind, student.embed_dim, teacher.embed_dim) for name in self.terms})
+        heads = {name: Head(kind, student.embed_dim, teacher.embed_dim) for name in self.terms}
+        self.heads = nn.ModuleDict(heads)
         self.distance = LOSSES[cfg.loss]
         self.weights = dict(cls=cfg.cls_weight, patch=cfg.patch_weight)
 
@@ -395,8 +386,8 @@ class Distiller(nn.Module):
         for features in map(self.on_student_grid, teacher_features):
             for name, tokens_of in self.terms.items():
                 tokens = tokens_of(features).float()
-                count = tokens.shape[1]
-                some = torch.linspace(0, count - 1, min(count, TOKENS_PER_IMAGE)).round().long()
+                last = tokens.shape[1] - 1
+                some = torch.linspace(0, last, min(last + 1, TOKENS_PER_IMAGE)).round().long()
                 collected[name].append(tokens[:, some].flatten(0, 1))
         for name, head in self.heads.items():
             head.fit(torch.cat(collected[name]))
@@ -414,18 +405,16 @@ class Distiller(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's view [B, 3, S, S] and targets [B, T, D] -> (loss, scalars for the log)."""
         features = self.embed(self.student, images)
-        predictions = {name: self.heads[name].predict(of(features))
-                       for name, of in self.terms.items()}
-        targets = targets.split([tokens.shape[1] for tokens in predictions.values()], 1)
-        loss, stats = 0.0, {}
-        for (name, prediction), target in zip(predictions.items(), targets, strict=True):
+        stats = dict(loss=0.0, target_similarity=mean_similarity(targets[:, 0]))
+        for name, tokens_of in self.terms.items():
+            prediction = self.heads[name].predict(tokens_of(features))
+            target, targets = targets.tensor_split([prediction.shape[1]], 1)
             stats[name] = self.term_loss(name, prediction, target)
-            loss = loss + self.weights[name] * stats[name]
-            stats[f"cos_{name}"] = 1 - cosine_loss(prediction.detach(), target).mean()
-        first = next(iter(predictions.values()))
-        stats["similarity"] = mean_similarity(first[:, 0].detach())
-        stats["target_similarity"] = mean_similarity(targets[0][:, 0])
-        return loss, dict(loss=loss, **stats)
+            stats["loss"] = stats["loss"] + self.weights[name] * stats[name]
+            prediction = prediction.detach()
+            stats[f"cos_{name}"] = 1 - cosine_loss(prediction, target).mean()
+            stats.setdefault("similarity", mean_similarity(prediction[:, 0]))  # of the first term
+        return stats["loss"], stats
 
     def after_step(self, step: int) -> None:
         """Called after every optimiser step: averages, queues."""
@@ -441,12 +430,11 @@ def mean_similarity(embeddings: Tensor) -> Tensor:
 
     The sum of all B^2 cosines is the squared length of the sum of the unit vectors.
     """
-    unit = F.normalize(embeddings.float(), dim=-1)
-    B = len(unit)
+    unit, B = F.normalize(embeddings.float(), dim=-1), len(embeddings)
     return (unit.sum(0).square().sum() - B) / max(B * (B - 1), 1)
 
 
-def save_checkpoint(path: Path, run, step: int) -> None:
+def save_checkpoint(path, run, step):
     """Write all that continues, evaluates or exports a run: tensors, numbers, text, no code."""
     state = dict(
         format=FORMAT, step=step, epoch=step / run.steps_per_epoch, history=run.history,
@@ -456,7 +444,7 @@ def save_checkpoint(path: Path, run, step: int) -> None:
     write_atomically(path, functools.partial(torch.save, state))
 
 
-def load_checkpoint(path: Path) -> tuple[dict, Config]:
+def load_checkpoint(path):
     """What `save_checkpoint` wrote -> (its contents, its Config). Runs no code from the file.
 
     A setting that the file lacks takes its default. Raises UserError when a bit has changed, and
@@ -465,13 +453,12 @@ def load_checkpoint(path: Path) -> tuple[dict, Config]:
     try:
         check_sums(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise ValueError("it is another program's, or of an earlier version of this one")
+        if saved.get("format") != FORMAT:
+            raise ValueError("it is of an earlier version of this program")
         cfg = Config(**saved["config"])
-        if missing := dataclasses.asdict(cfg).keys() - saved["config"].keys():
+        validate(cfg)
+        if missing := vars(cfg).keys() - saved["config"].keys():
             log.warning(f"{path} lacks {', '.join(sorted(missing))}: the defaults are taken")
-        if wrong := wrong_values(cfg):
-            raise ValueError(f"its config has {wrong[0]}")
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint that can be used here, or it is damaged "
                         f"({reason(error)}). Take another one; in training --no_resume moves its "
@@ -479,18 +466,18 @@ def load_checkpoint(path: Path) -> tuple[dict, Config]:
     return saved, cfg
 
 
-def check_sums(path) -> None:
+def check_sums(path):
     """Raise BadZipFile if bits have changed in what torch.save wrote; torch.load does not look."""
     with zipfile.ZipFile(path) as file:
         if bad := file.testzip():
             raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name):
     """auto: a CUDA GPU, else an Apple one, else the CPU. To be called before models are made."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        name = next(device for device, is_here in here.items() if is_here)
+        name = [device for device, is_here in here.items() if is_here][0]
     if not here[name]:
         raise UserError(f"--device {name}: torch finds no such device here")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in evaluation above all
@@ -499,24 +486,32 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+def pick_dtype(precision, device):
     """auto: bf16 where the hardware multiplies it, fp16 on older GPUs, else float32."""
-    if precision == "auto":
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    elif precision == "auto":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)  # of torch 2.6 and later
-        bf16, other = capabilities().get("avx512_bf16") and device.type == "cpu", "fp32"
-        if device.type == "cuda":
-            bf16, other = torch.cuda.is_bf16_supported(including_emulation=False), "fp16"
-        precision = "bf16" if bf16 else other
+        fast = device.type == "cpu" and capabilities().get("avx512_bf16")
+        precision = "bf16" if fast else "fp32"
     return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+def autocast(device, dtype):
     """Mixed precision in `dtype`, nothing for float32. It can be entered any number of times."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def peak_memory(device):
+    """Most memory in use so far, in GB: of the GPU, or on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 @functools.cache
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device):
     """What results depend on: versions, device, and the git commit, "-dirty" if changed since."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     folder = shlex.quote(str(Path(__file__).parent))

@@ -96,7 +96,7 @@ def test_help_spells_flags_as_they_are(capsys):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(student_size=100), "multiple of"),
-    (dict(teacher="dinov2_vitb14", teacher_size=96), "84 and 98 are"),
+    (dict(teacher="dinov2_vitb14", teacher_size=96), "such as 98"),
     (dict(student_args="depth"), "name=value"),
     (dict(student_args="depht=6"), "depht"),
     (dict(student="pit_ti_224", student_size=224, student_args=""), "no square grid"),
@@ -199,13 +199,6 @@ def test_dinov2_equals_the_official_code_at_every_size(tmp_path, name):
         assert (got.cls - cls).abs().max() < 1e-5 and (got.patches - patches).abs().max() < 1e-5
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
-    other = timm.create_model("resnet18", num_classes=0).state_dict()
-    safetensors.torch.save_file(other, tmp_path / "resnet18.safetensors")
-    with pytest.raises(UserError, match="does not fit tf_efficientnet_lite0"):
-        model.load_teacher("tf_efficientnet_lite0", 64, str(tmp_path / "resnet18.safetensors"))
-
-
 @pytest.mark.parametrize("name, size, args, params, grid", [
     ("vit_small_patch16_224", 96, "", 21.60e6, (6, 6)),
     ("vit_tiny_patch16_224", 96, "reg_tokens=4", 5.49e6, (6, 6)),
@@ -225,29 +218,10 @@ def test_every_kind_of_student_has_a_cls_and_a_grid(name, size, args, params, gr
     assert features.patches.shape == (2, grid[0] * grid[1], student.embed_dim)
 
 
-@pytest.mark.parametrize("name, mean, std", [
-    ("resnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ("vit_tiny_patch16_224", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
-def test_every_model_normalises_by_its_own_constants(monkeypatch, name, mean, std):
-    images, student, seen = torch.rand(1, 3, 32, 32), model.build_student(name, 32), []
-    inner = student.net.forward_features
-    monkeypatch.setattr(student.net, "forward_features", lambda x: (seen.append(x), inner(x))[1])
-    student(images)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
-    assert torch.allclose(seen[0], (images - mean) / std, atol=1e-5)
-
-
 def test_pool_mean_is_the_mean_of_the_patches():
     student = model.build_student("vit_tiny_patch16_224", 32, pool="mean", depth=1)
     features = student(torch.rand(2, 3, 32, 32))
     assert torch.allclose(features.cls, features.patches.mean(1))
-
-
-def test_a_student_can_start_from_weights(tiny, tmp_path):
-    train.main(tiny(epochs=1))
-    exported = str(tiny().run_path / "student.safetensors")
-    student = model.student_of(tiny(student_weights=exported, seed=5))
-    assert same(student.net.state_dict(), safetensors.torch.load_file(exported))
 
 
 # ---------------------------------------------------------------------------- the method
@@ -326,13 +300,6 @@ def test_pca_targets_are_half_whitened_and_those_of_the_linear_head_standardised
     assert linear.predict(torch.rand(2, 24)).shape == (2, 64)
 
 
-def test_resnets_get_a_trained_head_because_their_features_have_no_negative_side():
-    _, vit = demo_distiller()
-    _, conv = demo_distiller(student="resnet18", student_args="")
-    assert [d.heads["cls"].kind for d in (vit, conv)] == ["pca", "linear"]
-    assert conv.student(torch.rand(2, 3, 32, 32)).cls.min() >= 0
-
-
 def test_weights_enter_the_loss_as_stated():
     teacher, distiller = demo_distiller(cls_weight=2.0, patch_weight=0.25)
     view = torch.rand(3, 3, 32, 32)
@@ -342,23 +309,6 @@ def test_weights_enter_the_loss_as_stated():
     cls = model.cosine_loss(distiller.student(view).cls, targets[:, 0]).mean()
     assert torch.allclose(stats["cls"], cls, atol=1e-6)
     assert torch.allclose(stats["cos_cls"], 1 - cls, atol=1e-6)
-
-
-def test_statistics_of_the_heads_use_places_all_over_the_grid():
-    class Places(model.Head):
-        def fit(self, features):
-            places.append({int(place) for place in features[:, 0]})
-
-    for side in (4, 6, 8, 12, 16):
-        places = []
-        _, distiller = demo_distiller()
-        distiller.heads["cls"] = distiller.heads["patch"] = Places("pca", 48, 96)
-        distiller.teacher_grid = distiller.student.grid = (side, side)
-        tokens = torch.arange(side * side).float()[None, :, None].expand(2, -1, 96)
-        distiller.fit([model.Features(tokens[:, 0], tokens)])
-        rows, columns = ({f(place, side) for place in places[-1]}
-                         for f in (int.__floordiv__, int.__mod__))
-        assert len(rows) >= 4 and len(columns) >= 4
 
 
 def test_similarity_is_the_mean_pairwise_cosine():
@@ -514,41 +464,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     assert kept["step"] == 5 and all(v.isfinite().all() for v in kept["student"].values())
 
 
-@pytest.mark.parametrize("changes", [dict(precision="bf16"), dict(precision="fp16"),
-                                     dict(head="linear"), dict(loss="mse", head="frozen")])
-def test_precisions_losses_and_heads_train(tiny, changes):
-    cfg = tiny(**changes)
-    assert train.main(cfg)["step"] == 10
-    saved = torch.load(latest(cfg), weights_only=True)
-    assert bool(saved["scaler"]) == (cfg.precision == "fp16"), "fp16 saves its loss scale"
-
-
-def test_a_fork_does_not_continue_the_run_of_another_objective(tiny):
-    class Fork(model.Distiller):
-        pass
-
-    train.main(tiny(epochs=1))
-    with pytest.raises(UserError, match="objective: 'Distiller', now '.*Fork'"):
-        train.main(tiny(epochs=2), objective=Fork)
-
-
-def test_a_run_is_not_continued_with_other_weights_of_its_teacher(tiny, tmp_path):
-    cfg = tiny(epochs=1)
-    train.main(cfg)
-    teacher = safetensors.torch.load_file(model.DEMO_TEACHER)
-    same_file, other = str(tmp_path / "moved.safetensors"), str(tmp_path / "other.safetensors")
-    safetensors.torch.save_file(teacher, same_file)
-    safetensors.torch.save_file(teacher | {"norm.bias": teacher["norm.bias"] + 0.01}, other)
-    train.main(dataclasses.replace(cfg, epochs=2, teacher_weights=same_file))
-    with pytest.raises(UserError, match="other settings.*\n  - weights: "):
-        train.main(dataclasses.replace(cfg, epochs=3, teacher_weights=other))
-
-
-def test_a_data_set_smaller_than_a_batch_is_refused(tiny):
-    with pytest.raises(UserError, match="80 images, fewer than --batch_size 128"):
-        train.main(tiny(batch_size=128))
-
-
 # ---------------------------------------------------------------------------- the target cache
 
 
@@ -628,7 +543,7 @@ def test_a_file_of_a_wrong_size_is_refused_as_such(tiny, tmp_path):
 
 
 def test_a_cache_that_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
-    data.open_store(tiny(), "train", 32, 80)
+    data.open_store(tiny(), "train", 80)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=5000)))
     with pytest.raises(UserError, match="smaller --teacher_views"):
         train.main(tiny(teacher_views=9, epochs=10, seed=9))
@@ -653,7 +568,7 @@ def test_knn_predicts_what_scikit_learn_predicts(features, k):
     reference = neighbors.KNeighborsClassifier(
         min(k, len(x)), metric="cosine", algorithm="brute",
         weights=lambda d: np.exp((1 - d) / 0.07)).fit(x.double(), y)
-    predicted, _ = evaluation.knn_predict(x, y, q, (k, 10))
+    predicted = evaluation.knn_predict(x, y, q, k)
     assert (predicted.numpy() == reference.predict(q.double())).all()
 
 

@@ -5,10 +5,9 @@
     python train.py --dataset ../my_images --student resnet18
     torchrun --nproc_per_node=4 train.py --dataset cifar10  # the same losses on four GPUs
 
-First the teacher embeds a few views (crops) of every image, and its targets are cached. Then each
-step cuts one of these views out of each image of a batch, embeds it with the student, and pulls the
-student's CLS and patch embeddings towards the targets. The same command continues an interrupted
-run, from any step, to the weights that it would have had.
+The teacher embeds a few views (crops) of every image once, into a cache. Each step then cuts one
+view out of each image of a batch, embeds it with the student, and pulls the student's embeddings
+towards the teacher's. The same command continues an interrupted run, to the same weights.
 
 Writes into the run folder: config.json, train.log, metrics.jsonl, views.png, checkpoint_latest.pth,
 checkpoint_epoch_N.pth, and at the end student.safetensors, which plain timm loads.
@@ -23,21 +22,20 @@ import json
 import logging
 import math
 import os
-import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import timm.optim
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torchvision.utils import save_image
 
 import data
 import eval as evaluation
@@ -49,17 +47,15 @@ BETAS = 0.9, 0.999  # AdamW's
 STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
 SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
-COLLAPSED = 0.95  # warn when the student's embeddings are more alike than this,
-DIVERSE = 0.8  # and the targets less
-CHECKED = 16  # cached targets that are compared with the teacher's
-SAME = 0.99  # the least cosine of these
+COLLAPSED, DIVERSE = 0.95, 0.8  # warn above this similarity of embeddings, below that of targets
+CHECKED, SAME = 16, 0.99  # cached targets that are compared with live ones; their least cosine
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
 log = logging.getLogger("distill")
 
 
-def learning_rate(step: int, steps_per_epoch: int, cfg: Config) -> float:
+def learning_rate(step, steps_per_epoch, cfg: Config) -> float:
     """Linear warm-up, then half a cosine from cfg.lr to 0."""
     total = cfg.epochs * steps_per_epoch
     warmup = min(int(cfg.warmup_epochs * steps_per_epoch), total // 5)
@@ -68,30 +64,29 @@ def learning_rate(step: int, steps_per_epoch: int, cfg: Config) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """No decay for biases, norms, position tables and tokens; then decay for all others."""
-    names = [name for name, _ in module.named_parameters()]
-    tokens = [name for name in names if name.endswith(("pos_embed", "_token"))]
-    return timm.optim.param_groups_weight_decay(
-        module, weight_decay, no_weight_decay_list=tokens)
+def parameter_groups(module, weight_decay):
+    """Decay for matrices and kernels; none for biases and norms (1-D), nor for tokens (3-D)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim in (2, 4)]
+    others = [p for p in parameters if p.ndim not in (2, 4)]
+    return [dict(params=others, weight_decay=0.0), dict(params=decayed, weight_decay=weight_decay)]
 
 
 class Run:
-    """What the loop works with: data, models, optimiser. Making one writes nothing but the store.
+    """What the loop works with. Objective, optimiser and scaler are state, the rest is from cfg.
 
-    A checkpoint holds the state of objective, optimiser and scaler; the rest follows from `cfg`.
+    images: uint8 [I, 3, S, S]. targets: with a cache, codes int8 [I, T, D + 2] for each view. Both
+    are read from files, or are on the GPU where they fit.
     """
 
-    def __init__(self, cfg: Config, objective, device: torch.device, rank: int, world: int):
+    def __init__(self, cfg, objective, device, rank, world):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.dtype = models.pick_dtype(cfg.precision, device)
         self.autocast = models.autocast(device, self.dtype)
-        size = max(cfg.teacher_size, cfg.student_size)
-        self.store = data.open_store(cfg, cfg.train_split, size, cfg.max_samples)
+        self.store = data.open_store(cfg, cfg.train_split, cfg.max_samples)
+        self.images, self.targets = self.store.images, []
         self.steps_per_epoch = -(-len(self.store) // cfg.batch_size)
         self.total_steps = cfg.epochs * self.steps_per_epoch
-        if len(self.store) < cfg.batch_size:
-            raise UserError(f"{len(self.store)} images, fewer than --batch_size {cfg.batch_size}")
         teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
         self.teacher = teacher.to(device)  # None once its targets are cached
         self.objective = objective(models.student_of(cfg).train(), teacher, cfg).to(device)
@@ -99,20 +94,19 @@ class Run:
         self.optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=BETAS, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.bench = evaluation.Bench(cfg, *QUICK_EVAL) if cfg.eval_every and rank == 0 else None
-        self.images = self.store.images  # uint8 [I, 3, S, S]: a RowFile, or a Tensor on a GPU
-        self.targets = []  # with a cache: for each view codes int8 [I, T, D + 2], likewise
         self.history = []  # the lines of metrics.jsonl
         # What determines the student: it must be the same when the run is continued.
-        self.fixed = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)
-                      if not field.metadata["free"]}
-        self.fixed |= dict(objective=objective.__qualname__, images=self.store.fingerprint,
-                           weights=teacher.fingerprint)
+        self.fixed = dict(objective=objective.__qualname__, images=self.store.fingerprint,
+                          weights=teacher.fingerprint)
+        for field in dataclasses.fields(cfg):
+            if not field.metadata["free"]:
+                self.fixed[field.name] = getattr(cfg, field.name)
 
-    def boxes(self, view: int) -> Tensor:
+    def boxes(self, view):
         return data.view_boxes(self.cfg.seed, view, len(self.store), self.cfg.crop_scale)
 
 
-def start(run: Run) -> int:
+def start(run):
     """Restore the last checkpoint or fit the heads; cache targets. Returns the step to begin at.
 
     Nothing of the run is written before its settings, data and teacher are known to agree.
@@ -121,11 +115,13 @@ def start(run: Run) -> int:
     latest = path / "checkpoint_latest.pth"
     if run.rank == 0 and cfg.resume and latest.exists():
         saved, _ = models.load_checkpoint(latest)
-    if saved:
         refuse_changes(f"{path} holds a run with other settings; choose another --run_dir, or "
                        "--no_resume to move it aside", saved["fixed"], run.fixed)
     if run.world > 1:
-        saved = share(run, saved)
+        shared = [saved, run.fixed]
+        dist.broadcast_object_list(shared, 0)
+        saved, of_rank_0 = shared
+        refuse_changes("all processes need the same command and images", of_rank_0, run.fixed)
     if run.rank == 0:
         if path.exists() and not cfg.resume:
             path.rename(f"{path}.old-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}")
@@ -142,12 +138,12 @@ def start(run: Run) -> int:
         save_views(run)
     step = saved["step"] if saved else 0
     if cfg.teacher_views and step < run.total_steps:
-        cache_targets(run)
+        cache_targets(run, cache_folder(run))
     run.logged_at = run.saved_at = time.monotonic()
     return step
 
 
-def refuse_changes(message: str, before: dict, now: dict) -> None:
+def refuse_changes(message, before, now):
     """Raise UserError with the settings that differ, if any do."""
     changed = [f"\n  - {name}: {before.get(name)!r}, now {value!r}" for name, value in now.items()
                if before.get(name) != value]
@@ -155,32 +151,18 @@ def refuse_changes(message: str, before: dict, now: dict) -> None:
         raise UserError(message + "".join(changed))
 
 
-def share(run: Run, saved: dict | None) -> dict | None:
-    """Give rank 0's checkpoint to all processes, which must have the same settings and images."""
-    mine = run.fixed | {field.name: getattr(run.cfg, field.name)
-                        for field in dataclasses.fields(Config) if not field.metadata["local"]}
-    every = [None] * run.world
-    dist.all_gather_object(every, mine)
-    for other in every:
-        refuse_changes("all processes need the same command and images", every[0], other)
-    shared = [saved]
-    dist.broadcast_object_list(shared, 0)
-    return shared[0]
-
-
-def open_log(run: Run) -> None:
+def open_log(run):
     """Log to the terminal and to train.log, from rank 0 alone; begin with what the run is."""
     log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
     log.setLevel(logging.INFO if run.rank == 0 else logging.ERROR)
     if run.rank == 0:
         log.addHandler(logging.FileHandler(run.cfg.run_path / "train.log"))
-    log.info(f"{run.cfg}\n{environment(run.device)}, {run.dtype}, {run.world} processes")
-    log.info(f"{len(run.store)} images of {run.store.size} px, {run.steps_per_epoch} steps/epoch, "
-             f"{len(run.store.info['unreadable'])} unreadable images left out")
-    log.info(f"teacher: {run.teacher}\nstudent: {run.objective.student}")
+    log.info(f"{run.cfg}\n{environment(run.device)}, {run.dtype}, {run.world} processes\n"
+             f"{run.store}, {run.steps_per_epoch} steps/epoch\n"
+             f"teacher: {run.teacher}\nstudent: {run.objective.student}")
 
 
-def restore(run: Run, saved: dict) -> None:
+def restore(run, saved):
     """Take over what a checkpoint holds."""
     run.history = saved["history"]
     run.objective.load_state_dict(saved["objective"])
@@ -192,20 +174,16 @@ def restore(run: Run, saved: dict) -> None:
         log.warning(f"the checkpoint was written at commit {saved['commit']}")
 
 
-def save_views(run: Run) -> None:
-    """views.png: stored images of the first batch, what the teacher and what the student sees."""
-    cfg, objective = run.cfg, run.objective
-    rows = data.epoch_order(len(run.store), cfg.seed, 0)[:8]
-    images, index = torch.from_numpy(run.store.images[rows]), torch.from_numpy(rows)
-    teacher, student = (
-        objective.shared_view(data.render(images, run.boxes(0)[rows], size), 0, index)
-        for size in (cfg.teacher_size, cfg.student_size))
-    shown = data.render(images, None, 96), teacher, objective.student_view(student, 0, index)
-    shown = [F.interpolate(x, 96, mode="bicubic", antialias=True) for x in shown]
-    torchvision.utils.save_image(torch.cat(shown), cfg.run_path / "views.png", nrow=len(rows))
+def save_views(run):
+    """views.png: eight images as they are stored, and as the student sees them at first."""
+    rows = data.epoch_order(len(run.store), run.cfg.seed, 0)[:8]
+    images = run.store.images[rows]
+    seen = student_pixels(run, images, run.boxes(0)[rows], 0, 0, torch.from_numpy(rows))
+    shown = torch.cat([data.render(images, None, run.cfg.student_size), seen])
+    save_image(F.interpolate(shown, 128), run.cfg.run_path / "views.png")
 
 
-def compile_networks(run: Run) -> None:
+def compile_networks(run):
     """torch.compile in place, so that names stay plain; eager where nothing can compile.
 
     On CUDA the student's step becomes CUDA graphs: launching its small kernels takes longer than
@@ -223,7 +201,7 @@ def compile_networks(run: Run) -> None:
             block.compile(dynamic=False)
 
 
-def cache_folder(run: Run) -> Path:
+def cache_folder(run):
     """The folder of the cached targets: its name is a hash of what determines them."""
     cfg, objective = run.cfg, run.objective
     methods = [getattr(objective, name).__qualname__ for name in
@@ -234,33 +212,32 @@ def cache_folder(run: Run) -> Path:
     return Path(cfg.cache_dir) / "targets" / digest[:12]
 
 
-def cache_targets(run: Run) -> None:
+def cache_targets(run, folder):
     """Fill `run.targets`, unless an earlier run has filled the cache, and drop the teacher.
 
     The cache belongs to one version of the heads, which is stored with it and taken over here. Its
     name does not depend on the code that computes targets: some are compared with the teacher's of
     now. Raises UserError where they differ.
     """
-    cfg, folder = run.cfg, cache_folder(run)
     rows = np.arange(CHECKED) % len(run.store)
-    expected = run.objective.targets(next(embed_stored(run, 0, [rows], None)))
+    expected = run.objective.targets(next(embed_stored(run, 0, [rows])))
     heads = folder / "heads.safetensors"
     data.make_once(heads, functools.partial(write_heads, run))
     run.objective.heads.load_state_dict(load_file(heads), strict=False)
 
     shape = len(run.store), expected.shape[1], expected.shape[2] + 2
-    files = [folder / f"view_{view}.i8" for view in range(min(cfg.teacher_views, cfg.epochs))]
+    files = [folder / f"view_{v}.i8" for v in range(min(run.cfg.teacher_views, run.cfg.epochs))]
     need = math.prod(shape) * sum(not file.exists() for file in files)
     log.info(f"target cache {folder}: {len(files)} views, {need / 1e9:.2f} GB to be filled")
     data.check_space(folder, need, "--teacher_views, of which 0 makes no cache")
     first = len(files) * run.rank // run.world  # processes begin with different views
-    for view in np.roll(range(len(files)), -first).tolist():
+    for view in [*range(first, len(files)), *range(first)]:
         fill = functools.partial(fill_view, run, view, math.prod(shape[1:]))
         data.make_once(files[view], fill)
-    run.targets = [data.RowFile(file, np.int8, shape) for file in files]
+    run.targets = [data.RowFile(file, torch.int8, shape) for file in files]
 
-    cached = data.dequantise(torch.from_numpy(run.targets[0][rows]).to(run.device))
-    cos = F.cosine_similarity(cached.flatten(), expected.flatten(), dim=0)
+    cached = data.dequantise(run.targets[0][rows])
+    cos = F.cosine_similarity(cached.flatten(), expected.cpu().flatten(), dim=0)
     if cos < SAME:
         raise UserError(f"the target cache {folder} holds other targets (cosine {cos:.3f} to those "
                         "of now): the program has changed since; delete that folder")
@@ -273,11 +250,11 @@ def cache_targets(run: Run) -> None:
             run.images, *run.targets = [file.to(run.device) for file in files]
 
 
-def write_heads(run: Run, path: Path) -> None:
+def write_heads(run, path):
     save_file({name: value.cpu() for name, value in run.objective.heads.named_buffers()}, path)
 
 
-def fill_view(run: Run, view: int, row_bytes: int, path: Path) -> None:
+def fill_view(run, view, row_bytes, path):
     """Write the codes of all images of a view, after those that an interrupted run has written."""
     with open(path, "ab") as file:
         # Whole chunks: a continued view is embedded in the same batches, and so to the same bits.
@@ -289,15 +266,15 @@ def fill_view(run: Run, view: int, row_bytes: int, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def embed_stored(run: Run, view: int, parts: list, title: str | None):
+def embed_stored(run, view, parts, title=None):
     """Yield the teacher's Features of a view of stored images, for each of some parts of rows."""
-    boxes, reads = run.boxes(view), ((run.images, None, rows) for rows in parts)
-    for images, _, index in data.progress(data.read_ahead(read_rows, reads), title, len(parts)):
-        yield embed_view(run, images.to(run.device), boxes[index], view, index)
+    boxes = run.boxes(view)
+    for images, _, index in data.progress(batches(run, parts), title, len(parts)):
+        yield embed_view(run, images, boxes[index], view, index)
 
 
 @torch.inference_mode()
-def embed_view(run: Run, images: Tensor, boxes: Tensor, view: int, index: Tensor):
+def embed_view(run, images: Tensor, boxes: Tensor, view, index: Tensor):
     """The teacher's Features of a view of stored images [B, 3, S, S] on the device."""
     pixels = data.render(images, boxes, run.cfg.teacher_size)
     pixels = run.objective.shared_view(pixels, view, index)
@@ -305,31 +282,30 @@ def embed_view(run: Run, images: Tensor, boxes: Tensor, view: int, index: Tensor
         return run.objective.embed(run.teacher, pixels)
 
 
-def batches(run: Run, epoch: int, view: int, first: int):
-    """Yield images and codes (or None) on the device, and the images' index [B] in the store.
+def student_pixels(run, images: Tensor, boxes: Tensor, view, epoch, index: Tensor) -> Tensor:
+    """The same view at the student's size: float32 [B, 3, S, S]."""
+    pixels = data.render(images, boxes, run.cfg.student_size)
+    pixels = run.objective.shared_view(pixels, view, index)
+    return run.objective.student_view(pixels, epoch, index)
 
-    This process's share of each batch of an epoch, from batch `first` on.
-    """
-    order = data.epoch_order(len(run.store), run.cfg.seed, epoch)
-    rows_of_batches = data.batch_rows(order, run.cfg.batch_size, run.rank, run.world)[first:]
-    codes = run.targets[view] if run.targets else None
+
+def batches(run, parts, codes=None):
+    """Yield images and codes (or None) on the device, and their index int64 [B], part by part."""
     if torch.is_tensor(run.images):
-        for index in map(torch.from_numpy, rows_of_batches):
+        for index in map(torch.from_numpy, parts):
             there = data.to_device(index, run.device)
             yield run.images[there], codes[there], index
     else:
-        reads = ((run.images, codes, rows) for rows in rows_of_batches)
+        reads = ((run.images, codes, rows) for rows in parts)
         for images, some, index in data.read_ahead(read_rows, reads):
             yield data.to_device(images, run.device), data.to_device(some, run.device), index
 
 
-def read_rows(images: data.RowFile, codes: data.RowFile | None, rows: np.ndarray):
-    """Some rows of images and codes, and their numbers, as tensors on the CPU."""
-    some = None if codes is None else torch.from_numpy(codes[rows])
-    return torch.from_numpy(images[rows]), some, torch.from_numpy(rows)
+def read_rows(images, codes, rows):
+    return images[rows], None if codes is None else codes[rows], torch.from_numpy(rows)
 
 
-def train_step(run: Run, images, codes, boxes, index, epoch: int, view: int, step: int) -> dict:
+def train_step(run, images, codes, boxes, index, epoch, view, step) -> dict[str, Tensor]:
     """One step on stored images [B, 3, S, S] and their boxes [B, 4]; returns its statistics."""
     cfg, objective, optimiser, scaler = run.cfg, run.objective, run.optimiser, run.scaler
     # Dropout, masks and the like follow from the step: a continued run repeats them.
@@ -338,8 +314,7 @@ def train_step(run: Run, images, codes, boxes, index, epoch: int, view: int, ste
         targets = objective.targets(embed_view(run, images, boxes, view, index))
     else:
         targets = data.dequantise(codes)
-    pixels = objective.shared_view(data.render(images, boxes, cfg.student_size), view, index)
-    pixels = objective.student_view(pixels, epoch, index)
+    pixels = student_pixels(run, images, boxes, view, epoch, index)
 
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(step, run.steps_per_epoch, cfg)
@@ -350,7 +325,7 @@ def train_step(run: Run, images, codes, boxes, index, epoch: int, view: int, ste
     if run.world > 1:
         average_gradients(objective, run.world)
     scaler.unscale_(optimiser)
-    norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), cfg.grad_clip or math.inf)
+    norm = clip_grad_norm_(objective.parameters(), cfg.grad_clip or math.inf)
     scaler.step(optimiser)
     scaler.update()
     objective.after_step(step)
@@ -358,7 +333,7 @@ def train_step(run: Run, images, codes, boxes, index, epoch: int, view: int, ste
     return {name: value.detach().clone() for name, value in (stats | dict(norm=norm)).items()}
 
 
-def average_gradients(module: torch.nn.Module, world: int) -> None:
+def average_gradients(module, world):
     """Mean gradients over all processes, by one all-reduce.
 
     In place of DistributedDataParallel, which rules out CUDA graphs.
@@ -370,7 +345,7 @@ def average_gradients(module: torch.nn.Module, world: int) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def report(run: Run, step: int, recent: list[dict]) -> None:
+def report(run, step, recent):
     """Average the statistics of recent steps, check and log them; at an epoch's end evaluate.
 
     Here, and nowhere else in a step, the host waits for the GPU.
@@ -380,24 +355,14 @@ def report(run: Run, step: int, recent: list[dict]) -> None:
     means = torch.stack([torch.stack(list(stats.values())) for stats in recent]).mean(0) / run.world
     if run.world > 1:
         dist.all_reduce(means)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory *= 1 if sys.platform == "darwin" else 1024
-    if run.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    before = run.history[-1]["seconds"] if run.history else 0
     line = dict(epoch=step / run.steps_per_epoch, step=step)
     line |= zip(recent[0], means.tolist(), strict=True)
-    line |= dict(lr=run.optimiser.param_groups[0]["lr"], memory_gb=memory / 1e9,
-                 images_per_s=len(recent) * cfg.batch_size / max(seconds, 1e-9),
-                 seconds=before + seconds,
-                 seconds_left=(run.total_steps - step) * seconds / len(recent))
-    finite = math.isfinite(line["loss"])
-    if not run.scaler.is_enabled():  # in fp16 a norm may overflow: the scaler skips the step
-        finite = finite and math.isfinite(line["norm"])
-    if not finite:
-        raise UserError(f"loss {line['loss']}, gradient norm {line['norm']}, between steps "
-                        f"{step - len(recent)} and {step}. Try a lower --lr or --precision fp32; "
-                        "the last checkpoint is good")
+    line |= dict(lr=run.optimiser.param_groups[0]["lr"], memory_gb=models.peak_memory(run.device),
+                 images_per_s=len(recent) * cfg.batch_size / seconds,
+                 seconds=seconds + sum(line["seconds"] for line in run.history[-1:]))
+    if not math.isfinite(line["loss"]):
+        raise UserError(f"loss {line['loss']} between steps {step - len(recent)} and {step}: try a "
+                        "lower --lr or --precision fp32; the last checkpoint is good")
     run.history.append(line)
     if run.rank > 0:
         return
@@ -407,46 +372,42 @@ def report(run: Run, step: int, recent: list[dict]) -> None:
         log.warning("the student embeds nearly all images alike: a collapse. Try a lower --lr, or "
                     "a longer --warmup_epochs")
     if cfg.eval_every and line["epoch"] % cfg.eval_every == 0:
-        quick_eval(run)
+        quick = run.bench.evaluate(*run.bench.features(run.objective.evaluated), probe=False)
+        line |= {f"test_{name}": value for name, value in quick.items()}
+        log.info("test: " + " ".join(f"{name} {value:.4g}" for name, value in quick.items()))
+        run.objective.train()
+        run.logged_at = time.monotonic()
     lines = "".join(json.dumps(line) + "\n" for line in run.history)
     write_atomically(cfg.run_path / "metrics.jsonl", lambda path: path.write_text(lines))
 
 
-def quick_eval(run: Run) -> None:
-    """--eval_every: add k-NN accuracy, similarity and rank on part of the data to the metrics."""
-    quick = run.bench.evaluate(*run.bench.features(run.objective.evaluated), probe=False)
-    run.history[-1] |= {f"test_{name}": value for name, value in quick.items()}
-    log.info("test: " + " ".join(f"{name} {value:.4g}" for name, value in quick.items()))
-    run.objective.train()
-    run.logged_at = time.monotonic()
-
-
-def save(run: Run, step: int, stopping: bool) -> None:
+def save(run, step, stopping):
     """checkpoint_latest.pth when it is due, and checkpoint_epoch_N.pth before."""
-    every, epoch = run.cfg.save_every, step / run.steps_per_epoch
-    kept = step == run.total_steps or (every > 0 and (epoch == 1 or epoch % every == 0))
+    cfg, epoch = run.cfg, step / run.steps_per_epoch
+    kept = step == run.total_steps
+    if cfg.save_every:
+        kept = kept or epoch == 1 or epoch % cfg.save_every == 0
     if kept:
-        models.save_checkpoint(run.cfg.run_path / f"checkpoint_epoch_{epoch:g}.pth", run, step)
+        models.save_checkpoint(cfg.run_path / f"checkpoint_epoch_{epoch:g}.pth", run, step)
     if kept or stopping or time.monotonic() - run.saved_at > SAVE_SECONDS:
-        models.save_checkpoint(run.cfg.run_path / "checkpoint_latest.pth", run, step)
+        models.save_checkpoint(cfg.run_path / "checkpoint_latest.pth", run, step)
         run.saved_at = time.monotonic()
 
 
-def export(run: Run) -> None:
+def export(run):
     """student.safetensors: weights under timm's names; the metadata states how to use them."""
     cfg, student = run.cfg, run.objective.evaluated
-    about = dict(
-        model=cfg.student, args=json.dumps(run.objective.student.arguments, default=str),
-        image_size=str(cfg.student_size), mean=str(student.mean.flatten().tolist()),
-        std=str(student.std.flatten().tolist()), pool=cfg.pool, teacher=cfg.teacher,
-        commit=environment(run.device)["commit"])
+    arguments = json.dumps(run.objective.student.arguments, default=str)
+    about = dict(model=cfg.student, args=arguments, image_size=str(cfg.student_size),
+                 mean=str(student.mean.flatten().tolist()), std=str(student.std.flatten().tolist()),
+                 pool=cfg.pool, teacher=cfg.teacher, commit=environment(run.device)["commit"])
     weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
     write_atomically(cfg.run_path / "student.safetensors",
                      lambda path: save_file(weights, path, about))
 
 
 @contextlib.contextmanager
-def processes(cfg: Config):
+def processes(cfg):
     """Lock the run folder, join torchrun's process group if there is one -> device, rank, world."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, backend = models.pick_device(cfg.device), "gloo"
@@ -485,7 +446,7 @@ def received_signals():
             signal.signal(number, handler)
 
 
-def must_stop(run: Run, step: int, received: list) -> bool:
+def must_stop(run, step, received):
     """Whether to stop after this step; all processes return the same."""
     if run.world == 1:
         return len(received) > 0
@@ -508,10 +469,13 @@ def main(cfg: Config, objective=Distiller) -> dict:
         with received_signals() as received:
             for epoch in range(step // run.steps_per_epoch, cfg.epochs):
                 view = epoch % cfg.teacher_views if run.targets else epoch
-                boxes, first = run.boxes(view), step % run.steps_per_epoch
-                for images, codes, index in batches(run, epoch, view, first):
+                boxes, codes = run.boxes(view), run.targets[view] if run.targets else None
+                order = data.epoch_order(len(run.store), cfg.seed, epoch)
+                parts = data.batch_rows(order, cfg.batch_size, rank, world)
+                rest = parts[step % run.steps_per_epoch :]  # of an epoch that was interrupted
+                for images, cached, index in batches(run, rest, codes):
                     recent.append(train_step(
-                        run, images, codes, boxes[index], index, epoch, view, step))
+                        run, images, cached, boxes[index], index, epoch, view, step))
                     step += 1
                     stopping = must_stop(run, step, received)
                     if step % cfg.log_every == 0 or step % run.steps_per_epoch == 0 or stopping:

@@ -1,8 +1,7 @@
-"""Pictures of a run: what the networks see, what they make of places, and which images are alike.
+"""Pictures of a run: its patch embeddings, and which images its student finds alike.
 
     python examples/figures.py runs/x/checkpoint_latest.pth FOLDER
 
-views.png: stored images, the view of the teacher and that of the student, at their sizes.
 patches.png: three principal components of the patch embeddings as a colour, teacher and student in
 one basis. neighbors.png: test images, and the training images that the student finds most alike,
 framed green where the class is the same and orange where it is not.
@@ -50,17 +49,6 @@ def sheet(path: Path, rows: list[tuple]) -> PIL.Image.Image:
     return page
 
 
-def views(path: Path, cfg, store: data.Store) -> PIL.Image.Image:
-    """The first batch of a run, without what a fork does to its views."""
-    rows = data.epoch_order(len(store), cfg.seed, 0)[:SHOWN]
-    images = torch.from_numpy(store.images[rows])
-    boxes = data.view_boxes(cfg.seed, 0, len(store), cfg.crop_scale)[rows]
-    return sheet(path, [
-        ("stored", images / 255),
-        (f"teacher\n{cfg.teacher_size} px", data.render(images, boxes, cfg.teacher_size)),
-        (f"student\n{cfg.student_size} px", data.render(images, boxes, cfg.student_size))])
-
-
 @torch.inference_mode()
 def patches(path: Path, images: torch.Tensor, sides: dict) -> PIL.Image.Image:
     """sides: name -> (backbone, map of its patch embeddings to a common space)."""
@@ -82,10 +70,10 @@ def neighbours(path: Path, bench: evaluation.Bench, train, test) -> PIL.Image.Im
     some = data.subset(np.arange(len(test)), SHOWN)
     queries = F.normalize(test[some], dim=1)
     found = (queries @ F.normalize(train, dim=1).T).topk(min(len(RANKS), len(train))).indices
-    images = torch.from_numpy(bench.test.images[bench.rows[1][some]])
+    images = bench.test.images[bench.test_rows[some]]
     rows = [("query", images / 255)]
     for label, column in zip(RANKS, found.T, strict=False):
-        images = torch.from_numpy(bench.train.images[bench.rows[0][column]]) / 255
+        images = bench.train.images[bench.train_rows[column]] / 255
         right = (bench.y[column] == bench.y_test[some]).tolist()
         frames = [[SAME if r else OTHER for r in right]] if bench.labelled else []
         rows.append((label, images, *frames))
@@ -97,19 +85,16 @@ def main(checkpoint: str, folder: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     saved, cfg = model.load_checkpoint(Path(checkpoint))
     bench = evaluation.Bench(cfg)
-    size = max(cfg.teacher_size, cfg.student_size)
-    views(folder / "views.png", cfg,
-          data.open_store(cfg, cfg.train_split, size, cfg.max_samples))
     teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
     objective = model.Distiller(model.student_of(cfg, saved["student"]), teacher, cfg).eval()
     heads = {name: value for name, value in saved["objective"].items() if name.startswith("heads.")}
     objective.load_state_dict(heads, strict=False)
     head = objective.heads["patch"]
-    some = data.subset(bench.rows[1], SHOWN)
-    patches(folder / "patches.png", torch.from_numpy(bench.test.images[some]),
+    some = data.subset(bench.test_rows, SHOWN)
+    patches(folder / "patches.png", bench.test.images[some],
             dict(teacher=(teacher, head.target), student=(objective.student, head.predict)))
     neighbours(folder / "neighbors.png", bench, *bench.features(objective.student))
-    print(f"views.png, patches.png and neighbors.png written to {folder}")
+    print(f"patches.png and neighbors.png written to {folder}")
 
 
 if __name__ == "__main__":

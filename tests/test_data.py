@@ -19,12 +19,12 @@ from test_smoke import latest
 
 def test_a_folder_is_decoded_once_into_upright_rgb(tiny, photos):
     cfg = tiny(dataset=str(photos))
-    store = data.open_store(cfg, "train", 32)
-    images = store.images[np.arange(34)]
+    store = data.open_store(cfg, "train")
+    images = store.images[np.arange(34)].numpy()
     assert images.shape == store.images.shape == (34, 3, 32, 32) and images.dtype == np.uint8
     assert sorted(set(store.labels.tolist())) == [0, 1]
     before = (store.path / "images.u8").stat().st_mtime_ns
-    assert (data.open_store(cfg, "train", 32).path / "images.u8").stat().st_mtime_ns == before
+    assert (data.open_store(cfg, "train").path / "images.u8").stat().st_mtime_ns == before
     means = images.mean((1, 2, 3))
     assert (abs(means - 40000 / 257) < 1.5).any(), "16-bit is scaled, not clipped"
     turned = [im for im in images if im[:, :14].mean() > 240 and im[:, 18:].mean() < 15]
@@ -32,12 +32,12 @@ def test_a_folder_is_decoded_once_into_upright_rgb(tiny, photos):
 
 
 def test_a_moved_folder_is_found_again_and_a_changed_one_is_not(tiny, photos, tmp_path):
-    first = data.open_store(tiny(dataset=str(photos)), "train", 32)
+    first = data.open_store(tiny(dataset=str(photos)), "train")
     shutil.copytree(photos, tmp_path / "moved", copy_function=shutil.copy)  # other times
-    moved = data.open_store(tiny(dataset=str(tmp_path / "moved")), "train", 32)
+    moved = data.open_store(tiny(dataset=str(tmp_path / "moved")), "train")
     assert moved.fingerprint == first.fingerprint
     (tmp_path / "moved" / "train" / "cat" / "new.png").write_bytes(png(0))
-    changed = data.open_store(tiny(dataset=str(tmp_path / "moved")), "train", 32)
+    changed = data.open_store(tiny(dataset=str(tmp_path / "moved")), "train")
     assert changed.fingerprint != first.fingerprint
 
 
@@ -48,8 +48,8 @@ def test_unreadable_images_are_left_out_and_counted(tiny, photos, tmp_path, capl
     (cats / "empty.jpg").write_bytes(b"")
     (cats / "text.png").write_text("no image")
     (cats / "cut.png").write_bytes(png(0)[:900])
-    store = data.open_store(tiny(dataset=str(tmp_path / "photos")), "train", 32)
-    assert len(store) == 34 and len(store.info["unreadable"]) == 3
+    store = data.open_store(tiny(dataset=str(tmp_path / "photos")), "train")
+    assert len(store) == 34 and len(store.unreadable) == 3
     assert "3 of 37 images cannot be read" in caplog.text
 
 
@@ -60,13 +60,13 @@ def test_parquet_files_and_save_to_disk_are_read_and_string_labels_numbered(tiny
     (tmp_path / "parquet").mkdir()
     foreign.to_parquet(tmp_path / "parquet" / "train.parquet")
     foreign.cast_column("photo", datasets.Image()).save_to_disk(tmp_path / "disk")
-    stores = [data.open_store(tiny(dataset=str(tmp_path / name)), "train", 32)
+    stores = [data.open_store(tiny(dataset=str(tmp_path / name)), "train")
               for name in ("parquet", "disk")]
     for store in stores:
         assert store.labels.tolist() == [0, 1] * 3 and store.images.shape == (6, 3, 32, 32)
-    a, b = (store.images[np.arange(6)] for store in stores)
+    a, b = (store.images[np.arange(6)].numpy() for store in stores)
     assert (a == b).all()
-    odd = [data.open_store(tiny(dataset=str(tmp_path / "disk"), label_column=c), "train", 32)
+    odd = [data.open_store(tiny(dataset=str(tmp_path / "disk"), label_column=c), "train")
            for c in ("score", "labels")]
     assert [store.labels.tolist() for store in odd] == [[0, -1] * 3, [-1] * 6]
 
@@ -78,7 +78,7 @@ def test_parquet_files_and_save_to_disk_are_read_and_string_labels_numbered(tiny
 def test_data_without_one_image_column_is_refused_by_name(tiny, tmp_path, columns, words):
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "disk")
     with pytest.raises(UserError, match=words):
-        data.open_store(tiny(dataset=str(tmp_path / "disk")), "train", 32)
+        data.open_store(tiny(dataset=str(tmp_path / "disk")), "train")
 
 
 # ---------------------------------------------------------------------------- folders
@@ -133,24 +133,24 @@ def test_links_are_followed_and_annotations_ignored(tiny, tmp_path, monkeypatch)
     (tmp_path / "own" / "labels").mkdir()
     for i in range(20):
         (tmp_path / "own" / "labels" / f"{i}.txt").write_text("0 0.5 0.5 1 1")
-    store = data.open_store(tiny(dataset=str(tmp_path / "own")), "train", 32)
+    store = data.open_store(tiny(dataset=str(tmp_path / "own")), "train")
     assert sorted(store.labels.tolist()) == [-1, 0, 0, 1]
     monkeypatch.chdir(tmp_path / "own")
-    assert len(data.open_store(tiny(dataset="."), "train", 32)) == 4
+    assert len(data.open_store(tiny(dataset="."), "train")) == 4
 
 
 def test_what_is_not_used_is_logged(tiny, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(data.log, "propagate", True)
     make(tmp_path, "train/1.png", "test/2.png", "more/3.png", "more/4.png")
     with caplog.at_level("INFO"):
-        assert len(data.open_store(tiny(dataset=str(tmp_path)), "train", 32)) == 1
+        assert len(data.open_store(tiny(dataset=str(tmp_path)), "train")) == 1
     assert "2 images in no split and not used, such as more/3.png" in caplog.text
 
 
 def test_a_split_that_is_not_there_is_refused_by_name(tiny, tmp_path):
     make(tmp_path, "test/1.png", "test/2.png")
     with pytest.raises(UserError, match="no split 'train', only test"):
-        data.open_store(tiny(dataset=str(tmp_path)), "train", 32)
+        data.open_store(tiny(dataset=str(tmp_path)), "train")
 
 
 @pytest.mark.parametrize("column", ["note", "missing"])
@@ -158,13 +158,13 @@ def test_a_column_that_holds_no_images_is_refused_with_the_cause(tiny, tmp_path,
     rows = dict(photo=[png(0)], note=["x"])
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "disk")
     with pytest.raises(UserError, match=f"cannot read.*{column}|has no image|cannot read the data"):
-        data.open_store(tiny(dataset=str(tmp_path / "disk"), image_column=column), "train", 32)
+        data.open_store(tiny(dataset=str(tmp_path / "disk"), image_column=column), "train")
 
 
 def test_the_cause_of_a_failure_is_shown(tiny, tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match="cannot read the dataset .*(magic bytes|[Pp]arquet)"):
-        data.open_store(tiny(dataset=str(tmp_path)), "train", 32)
+        data.open_store(tiny(dataset=str(tmp_path)), "train")
 
 
 @pytest.mark.parametrize("file, content", [
@@ -172,9 +172,9 @@ def test_the_cause_of_a_failure_is_shown(tiny, tmp_path):
 def test_a_damaged_store_is_refused_by_name(tiny, tmp_path, file, content):
     make(tmp_path, "own/1.png", "own/2.png")
     cfg = tiny(dataset=str(tmp_path / "own"), cache_dir=str(tmp_path / "cache"))
-    (data.open_store(cfg, "train", 32).path / file).write_bytes(content)
+    (data.open_store(cfg, "train").path / file).write_bytes(content)
     with pytest.raises(UserError, match="is damaged .*delete it"):
-        data.open_store(cfg, "train", 32)
+        data.open_store(cfg, "train")
 
 
 # ---------------------------------------------------------------------------- odd labels
@@ -229,7 +229,7 @@ def test_one_class_is_predicted_with_certainty(tiny, tmp_path):
 
 def test_words_are_numbered_alike_in_all_splits(tiny, tmp_path):
     folder = tables(tmp_path, ["cat", "eel", None, "cat"], ["eel", "dog", "eel", None])
-    stores = [data.open_store(tiny(dataset=folder), split, 32) for split in ("train", "test")]
+    stores = [data.open_store(tiny(dataset=folder), split) for split in ("train", "test")]
     assert [s.labels.tolist() for s in stores] == [[0, 2, -1, 0], [2, 1, 2, -1]]
 
 
@@ -263,6 +263,6 @@ def test_a_run_is_not_continued_on_data_that_changed(tiny, tmp_path):
 
 def test_a_store_that_does_not_fit_is_refused_before_it_is_decoded(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=5000)))
-    with pytest.raises(UserError, match="smaller --store_size or --max_samples"):
-        data.open_store(tiny(cache_dir=str(tmp_path)), "train", 32, 80)
+    with pytest.raises(UserError, match="smaller --max_samples"):
+        data.open_store(tiny(cache_dir=str(tmp_path)), "train", 80)
     assert not list(tmp_path.glob("stores/*.tmp")) and os.listdir(tmp_path / "stores")

@@ -257,7 +257,8 @@ def readable(outcome: str | None) -> bool:
 
 def config(root: Path, source: str, **changes) -> Config:
     changes = dict(cache_dir=str(root / "cache")) | changes
-    return Config(dataset=str(root / source), store_size=SIDE // 2, **changes)
+    return Config(dataset=str(root / source), teacher_size=SIDE // 2, student_size=SIDE // 2,
+                  **changes)
 
 
 @pytest.fixture(scope="module")
@@ -286,13 +287,13 @@ def outcomes(root):
     found = {}
     for source, cases in SOURCES.items():
         cfg = config(root, source)
-        store = data.open_store(cfg, "train", SIDE)
+        store = data.open_store(cfg, "train")
         names = [name for name, *_ in cases]
         if source == "folder":
             names = [Path(cell["path"]).name for cell in data.open_source(cfg, "train")[1]["image"]]
-        pixels = store.images[np.arange(len(store))]
+        pixels = store.images[np.arange(len(store))].numpy()
         found[source] = {names[row]: image for row, image in zip(store.rows, pixels, strict=True)}
-        found[source] |= {names[row]: why for row, *why in store.info["unreadable"]}
+        found[source] |= {names[row]: why for row, *why in store.unreadable}
     return found
 
 
@@ -327,13 +328,13 @@ def test_a_folder_is_read_behind_a_link_and_its_own_list_of_files_ignored(tmp_pa
     (tmp_path / "folder").mkdir()
     shutil.copy(tmp_path / "a.png", tmp_path / "folder")
     (tmp_path / "link").symlink_to("folder")
-    assert len(data.open_store(config(tmp_path, "link"), "train", SIDE)) == 1
+    assert len(data.open_store(config(tmp_path, "link"), "train")) == 1
     (tmp_path / "folder" / "metadata.csv").write_text("file_name\n../a.png\n")
-    assert len(data.open_store(config(tmp_path, "folder"), "train", SIDE)) == 1
+    assert len(data.open_store(config(tmp_path, "folder"), "train")) == 1
 
 
 def test_images_none_of_which_can_be_read_are_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.png").write_bytes(b"text")
     with pytest.raises(UserError, match="no image that can be read .*a.png"):
-        data.open_store(config(tmp_path, "folder"), "train", SIDE)
+        data.open_store(config(tmp_path, "folder"), "train")

@@ -26,6 +26,8 @@ import timm
 
 import config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(
@@ -66,7 +68,6 @@ def hub(*arguments: str):
         server.kill()
 
 
-@pytest.mark.slow
 @needs_shared
 def test_the_default_path_downloads_trains_and_evaluates(tmp_path):
     weights = tmp_path / "dinov2"
@@ -109,7 +110,6 @@ def test_the_default_path_downloads_trains_and_evaluates(tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
 
 
-@pytest.mark.slow
 @needs_shared
 def test_cifar100_is_evaluated_by_its_fine_labels(tmp_path):
     folder = tmp_path / "cifar100" / "data"

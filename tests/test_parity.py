@@ -10,6 +10,8 @@ import torch
 
 import model
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 
 

@@ -18,6 +18,8 @@ import pytest
 import torch
 from filelock import FileLock
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TINY = (
     "--dataset shapes --teacher demo --teacher_size 32 --student vit_tiny_patch16_224 "
@@ -192,7 +194,6 @@ def test_who_loses_a_process_ends_too(train, ranks, tmp_path, killed):
     assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs Linux's list of children")
 def test_a_killed_worker_ends_torchrun_and_the_same_command_goes_on(train, ranks, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -211,7 +212,6 @@ def test_a_killed_worker_ends_torchrun_and_the_same_command_goes_on(train, ranks
     assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
 
-@pytest.mark.slow
 def test_compiled_runs_keep_plain_names_and_nearly_the_losses(train, ranks, tmp_path):
     statuses, texts = train([tmp_path], "--compile", "on")
     if statuses[0] and "compiler" in texts[0]:

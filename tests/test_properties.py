@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import train
 from config import Config, UserError
 
+pytestmark = pytest.mark.slow
+
 GOOD = dict(
     student=["vit_tiny_patch16_224", "test_convnext", "test_resnet"],
     student_size=[32, 48],
@@ -20,7 +22,6 @@ GOOD = dict(
     patch_weight=[0.0, 0.5],
     crop_scale=[0.01, 0.4, 1.0],
     teacher_views=[0, 1],
-    store_size=[0, 8, 40],
     max_samples=[2, 7, 16],
     batch_size=[2, 7, 8],
     epochs=[1, 2],

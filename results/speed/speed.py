@@ -190,12 +190,13 @@ def store(folder: Path) -> None:
 
         def build(path=path, size=size):
             shutil.rmtree(folder / "cache", ignore_errors=True)
-            data.open_store(settings(folder, dataset=str(path), teacher_weights=""), "train", size)
+            cfg = settings(folder, dataset=str(path), teacher_size=size, student_size=size)
+            data.open_store(cfg, "train")
 
         seconds = in_turn(lambda some=cells, size=size: [data.decode(c, size) for c in some], build)
         print(f"| {count} of {width} x {height} px | "
               + " | ".join(f"{count / s:.0f}" for s in seconds) + " |", flush=True)
-    stored = data.open_store(settings(folder, max_samples=0, teacher_weights=""), "train", 32)
+    stored = data.open_store(settings(folder, max_samples=0, teacher_weights=""), "train")
     rows = data.batch_rows(data.epoch_order(len(stored), 0, 0), 64)
     (seconds,) = in_turn(lambda: [stored.images[some] for some in rows])
     print(f"\nbatches of 64 from a 32 px store, one thread: {len(stored) / seconds:.0f} images/s")
@@ -286,8 +287,7 @@ def gpu(folder: Path) -> None:
     """DINOv2 ViT-B/14 at 224 px -> ViT-S/16 at 96 px, batch 256, on drawn images."""
     cfg = settings(folder, teacher="dinov2_vitb14", teacher_size=224, batch_size=256, epochs=12,
                    teacher_weights=seeded_weights("vit_base_patch14_dinov2", folder),
-                   student="vit_small_patch16_224", max_samples=8000, store_size=96,
-                   teacher_views=2, log_every=8)
+                   student="vit_small_patch16_224", max_samples=8000, teacher_views=2, log_every=8)
     print(f"filling: {filling(cfg, folder):.0f} images/s")
     lines = run(cfg)
     found = sum((speeds(lines, epoch) for epoch in range(2, 12)), [])

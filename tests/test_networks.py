@@ -1,0 +1,93 @@
+"""Teachers and students: their weights, their constants, the statistics of the heads."""
+
+import dataclasses
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import model
+import train
+from config import UserError
+from test_smoke import demo_distiller, latest, same
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    other = timm.create_model("resnet18", num_classes=0).state_dict()
+    safetensors.torch.save_file(other, tmp_path / "resnet18.safetensors")
+    with pytest.raises(UserError, match="does not fit tf_efficientnet_lite0"):
+        model.load_teacher("tf_efficientnet_lite0", 64, str(tmp_path / "resnet18.safetensors"))
+
+
+@pytest.mark.parametrize("name, mean, std", [
+    ("resnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ("vit_tiny_patch16_224", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
+def test_every_model_normalises_by_its_own_constants(monkeypatch, name, mean, std):
+    images, student, seen = torch.rand(1, 3, 32, 32), model.build_student(name, 32), []
+    inner = student.net.forward_features
+    monkeypatch.setattr(student.net, "forward_features", lambda x: (seen.append(x), inner(x))[1])
+    student(images)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+    assert torch.allclose(seen[0], (images - mean) / std, atol=1e-5)
+
+
+def test_a_student_can_start_from_weights(tiny, tmp_path):
+    train.main(tiny(epochs=1))
+    exported = str(tiny().run_path / "student.safetensors")
+    student = model.student_of(tiny(student_weights=exported, seed=5))
+    assert same(student.net.state_dict(), safetensors.torch.load_file(exported))
+
+
+def test_resnets_get_a_trained_head_because_their_features_have_no_negative_side():
+    _, vit = demo_distiller()
+    _, conv = demo_distiller(student="resnet18", student_args="")
+    assert [d.heads["cls"].kind for d in (vit, conv)] == ["pca", "linear"]
+    assert conv.student(torch.rand(2, 3, 32, 32)).cls.min() >= 0
+
+
+def test_statistics_of_the_heads_use_places_all_over_the_grid():
+    class Places(model.Head):
+        def fit(self, features):
+            places.append({int(place) for place in features[:, 0]})
+
+    for side in (4, 6, 8, 12, 16):
+        places = []
+        _, distiller = demo_distiller()
+        distiller.heads["cls"] = distiller.heads["patch"] = Places("pca", 48, 96)
+        distiller.teacher_grid = distiller.student.grid = (side, side)
+        tokens = torch.arange(side * side).float()[None, :, None].expand(2, -1, 96)
+        distiller.fit([model.Features(tokens[:, 0], tokens)])
+        rows, columns = ({f(place, side) for place in places[-1]}
+                         for f in (int.__floordiv__, int.__mod__))
+        assert len(rows) >= 4 and len(columns) >= 4
+
+
+@pytest.mark.parametrize("changes", [dict(precision="bf16"), dict(precision="fp16"),
+                                     dict(head="linear"), dict(loss="mse", head="frozen")])
+def test_precisions_losses_and_heads_train(tiny, changes):
+    cfg = tiny(**changes)
+    assert train.main(cfg)["step"] == 10
+    saved = torch.load(latest(cfg), weights_only=True)
+    assert bool(saved["scaler"]) == (cfg.precision == "fp16"), "fp16 saves its loss scale"
+
+
+def test_a_fork_does_not_continue_the_run_of_another_objective(tiny):
+    class Fork(model.Distiller):
+        pass
+
+    train.main(tiny(epochs=1))
+    with pytest.raises(UserError, match="objective: 'Distiller', now '.*Fork'"):
+        train.main(tiny(epochs=2), objective=Fork)
+
+
+def test_a_run_is_not_continued_with_other_weights_of_its_teacher(tiny, tmp_path):
+    cfg = tiny(epochs=1)
+    train.main(cfg)
+    teacher = safetensors.torch.load_file(model.DEMO_TEACHER)
+    same_file, other = str(tmp_path / "moved.safetensors"), str(tmp_path / "other.safetensors")
+    safetensors.torch.save_file(teacher, same_file)
+    safetensors.torch.save_file(teacher | {"norm.bias": teacher["norm.bias"] + 0.01}, other)
+    train.main(dataclasses.replace(cfg, epochs=2, teacher_weights=same_file))
+    with pytest.raises(UserError, match="other settings.*\n  - weights: "):
+        train.main(dataclasses.replace(cfg, epochs=3, teacher_weights=other))
