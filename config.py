@@ -41,7 +41,7 @@ class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""
 
 
-def fixed(default, help, low=None, high=sys.maxsize, choices=(), free=False):
+def setting(default, help, low=None, high=sys.maxsize, choices=(), *, free):
     """A setting, which is also a flag; low and high are inclusive.
 
     A fixed setting must stay the same when a run is continued, a free one may change.
@@ -50,7 +50,8 @@ def fixed(default, help, low=None, high=sys.maxsize, choices=(), free=False):
     return dataclasses.field(default=default, metadata=rules)
 
 
-free = functools.partial(fixed, free=True)
+fixed = functools.partial(setting, free=False)
+free = functools.partial(setting, free=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Config:
     """Distil a frozen teacher into a small student, from unlabelled images."""
 
     # results/recipe/README.md: which defaults were compared with others, and on what.
-    preset: str = free("", "defaults to start from", choices=("", *PRESETS))
+    preset: str = fixed("", "defaults to start from", choices=("", *PRESETS))
     # data
     dataset: str = free("cifar10", "cifar10, cifar100, shapes, owner/name on the Hub, or a folder")
     dataset_config: str = free("", "its configuration, if it has several on the Hub")
@@ -72,7 +73,7 @@ class Config:
     eval_column: str = free("", "image column of eval_dataset; empty = the only one")
     eval_split: str = free("", "split that k-NN and probe learn from; empty = train_split")
     test_split: str = free("", "split that is tested; empty = test, else validation")
-    label_column: str = free("", "empty = label, fine_label or the only class column")
+    label_column: str = free("", "empty = label, fine_label, cls or the first class column")
     eval_every: int = free(0, "epochs between quick k-NN checks; 0 = none", 0)
     eval_at_end: bool = free(False, "run eval.py on the last checkpoint")
     # teacher

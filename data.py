@@ -144,10 +144,11 @@ def image_splits(names):
 def load_folder(folder, names):
     """Split -> `datasets.Dataset` of a folder of images; logs how the folder was understood."""
     kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
-    tables = {}
-    for split, files in image_splits(names).items():
+    splits, tables = image_splits(names), {}
+    classes = {label for files in splits.values() for label in files.values()} - {None}
+    for split, files in splits.items():
         images, labels = list(files), list(files.values())
-        classes, use = set(labels) - {None}, split or "no split and not used"
+        use = split or "no split and not used"
         log.info(f"{folder}: {len(images)} images in {use}, such as {images[0]}; "
                  f"{len(classes)} classes, {labels.count(None)} images of none")
         if len(classes) == 1:  # then it is no class, but where all images lie
@@ -173,7 +174,7 @@ def load_splits(cfg):
         return datasets.load_from_disk(folder)
     if "state.json" in files:
         return dict(train=datasets.load_from_disk(folder))
-    if any(map(is_image, files)):
+    if files and all(map(is_image, files)):
         return load_folder(folder, files)
     return datasets.load_dataset(folder)
 
@@ -282,7 +283,7 @@ class RowFile:
     """An array [I, ...] of bytes in a file: `file[rows]` is a tensor of some rows, in any thread.
 
     Plain reads: a memory map faults page by page, which is ten times slower from a disk, and what
-    it has touched counts as the process's memory (results/speed).
+    it has touched counts as the process's memory (results/first_version/cpu.txt).
     """
 
     def __init__(self, path, dtype, shape):
@@ -361,11 +362,11 @@ def build_store(cfg, split, max_samples, path):
         raise UserError(f"cannot read the dataset {cfg.dataset}: {reason(error)}") from error
     folders = [os.path.abspath(cfg.dataset), os.path.realpath(cfg.dataset), HF_HUB_CACHE,
                str(datasets.config.HF_DATASETS_CACHE)]
-    rows, sides = subset(np.arange(len(source)), max_samples), [cfg.stored_size]
+    rows, sides = subset(np.arange(len(source)), max_samples), []
     for cell in source[subset(rows, 64)]["image"]:
         with contextlib.suppress(Exception):  # counted and reported below
             sides.append(min(open_image(cell, folders).size))
-    size = min(cfg.stored_size, int(np.median(sides[1:] or sides)))
+    size = min(cfg.stored_size, int(np.median(sides or cfg.stored_size)))
     check_space(path.parent, 3 * size**2 * len(rows), "--max_samples")
     shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed
     path.mkdir()
@@ -410,9 +411,9 @@ def batch_rows(order, batch_size, rank=0, world=1):
 def view_boxes(seed: int, view: int, images: int, crop_scale: float) -> Tensor:
     """View `view` of every image: a random crop and flip, boxes float32 [I, 4].
 
-    The area is uniform from crop_scale to 1, the aspect ratio from 3/4 to 4/3, and half of the
-    boxes are mirrored (torchvision's RandomResizedCrop, without its rejection loop). Row i does
-    not depend on the number of images.
+    The area is uniform from crop_scale to 1, the aspect ratio from 3/4 to 4/3, sides are clipped
+    to the image, and half of the boxes are mirrored (torchvision's RandomResizedCrop clips by
+    drawing again). Row i does not depend on the number of images.
     """
     random = np.random.default_rng([seed, VIEW, view]).random((images, 5), np.float32)
     area, ratio, x, y, side = torch.from_numpy(random).unbind(1)
@@ -469,6 +470,6 @@ def quantise(targets: Tensor) -> Tensor:
 
 
 def dequantise(codes: Tensor) -> Tensor:
-    """Codes -> float32 [B, T, D], with a cosine of at least 0.9995 to the targets."""
+    """Codes -> float32 [B, T, D], with a cosine above 0.9995 to targets as networks output them."""
     scale = codes[..., -2:].contiguous().view(torch.float16)
     return codes[..., :-2].float() * scale.float()

@@ -30,7 +30,7 @@ TEMPERATURE = 0.07  # of k-NN votes, as in DINO
 K = 20  # neighbours
 STRENGTHS = tuple(10.0**e for e in range(-5, 3))  # C of the probe, smallest first
 HOLDOUT = 10  # C is chosen on one training image of so many
-COMPARED = 1000  # test images on which student and teacher are compared directly
+COMPARED = 1024  # test images on which student and teacher are compared directly
 COLUMNS = {  # key of a row -> heading, format
     "model": ("model", "s"), "knn20": ("k-NN", ".1%"), "linear": ("linear", ".1%"),
     "keeps_knn20": ("keeps k-NN", ".1%"), "keeps_linear": ("keeps linear", ".1%"),
@@ -147,8 +147,8 @@ class Bench:
                   "probe and tested; the student has seen them, without labels")
             self.test, test_rows = self.train, data.subset(train_rows, -(-len(train_rows) // 10))
             train_rows = np.setdiff1d(train_rows, test_rows)
-        self.train_rows = data.subset(labelled(self.train, train_rows), max_train)
-        self.test_rows = data.subset(labelled(self.test, test_rows), max_test)
+        self.train_rows = data.subset(with_labels(self.train, train_rows), max_train)
+        self.test_rows = data.subset(with_labels(self.test, test_rows), max_test)
         self.y = torch.from_numpy(self.train.labels[self.train_rows])
         self.y_test = torch.from_numpy(self.test.labels[self.test_rows])
         self.labelled = bool(self.y.min() >= 0 and self.y_test.min() >= 0)
@@ -158,7 +158,8 @@ class Bench:
         for some in data.progress(data.chunks(rows), "features"):
             images = store.images[some].to(self.device)
             with torch.inference_mode(), self.autocast:
-                yield images, backbone(data.render(images, None, backbone.image_size))
+                features = backbone(data.render(images, None, backbone.image_size))
+            yield images, features
 
     def features(self, backbone):
         """CLS embeddings of the training and test images: float32 [I, D], [Q, D] on the CPU."""
@@ -211,10 +212,10 @@ class Bench:
         return row | self.evaluate(*self.features(backbone)) | self.speed(backbone)
 
 
-def labelled(store, rows):
+def with_labels(store, rows):
     """Those of `rows` that have a label; all, if none has."""
-    with_label = rows[store.labels[rows] >= 0]
-    return with_label if len(with_label) else rows
+    found = rows[store.labels[rows] >= 0]
+    return found if len(found) else rows
 
 
 def table(rows):
@@ -233,7 +234,7 @@ def load(path, overrides):
     settings = dict(student_weights="") | overrides
     # The file may be a stranger's: its cache_dir is used only where it is a cache already.
     if not (Path(cfg.cache_dir) / "stores").is_dir():
-        settings = dict(cache_dir=Config.cache_dir) | settings
+        settings.setdefault("cache_dir", Config.cache_dir)
     cfg = dataclasses.replace(cfg, **settings)
     validate(cfg, lambda cfg: data_problems(cfg.eval_dataset or cfg.dataset))
     return saved, cfg, models.student_of(cfg, saved["student"])
@@ -256,7 +257,7 @@ def main(args):
         except UserError as error:  # the student can be evaluated without it
             print(f"without the teacher's row: {error}")
         rows.append(bench.row("student, untrained", models.student_of(cfg)))
-    for path, (saved, cfg, student) in loaded.items():
+    for path, (saved, own, student) in loaded.items():
         row = bench.row(f"{Path(path).parent.name}, epoch {saved['epoch']:g}", student)
         fixed, same = saved["fixed"], ("weights", "teacher_size")
         if teacher and all(fixed[key] == first["fixed"][key] for key in same):
@@ -264,7 +265,7 @@ def main(args):
                 if rows[0].get(name):
                     row[f"keeps_{name}"] = row[name] / rows[0][name]
             if fixed["objective"] == "Distiller":
-                objective = models.Distiller(student, teacher, cfg)
+                objective = models.Distiller(student, teacher, own)
                 objective.load_state_dict(saved["objective"])
                 row |= bench.compare(objective, teacher)
         rows.append(row | machine | dict(checkpoint=path, step=saved["step"]))

@@ -208,11 +208,11 @@ def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     digest = hashlib.sha256()
     for value in net.state_dict().values():
         digest.update(value.numpy().tobytes())
+    table = getattr(net, "pos_embed", None)
     if hasattr(net, "set_input_size"):
-        table = net.pos_embed
         net.set_input_size(img_size=image_size)
-        if "dinov2" in timm_name and "reg4" not in timm_name:
-            net.pos_embed = nn.Parameter(official_position_table(table, net.patch_embed.grid_size))
+    if "dinov2" in timm_name and "reg4" not in timm_name:
+        net.pos_embed = nn.Parameter(official_position_table(table, net.patch_embed.grid_size))
     teacher = Backbone(net.requires_grad_(False), image_size)
     teacher.fingerprint = digest.hexdigest()[:12]
     return teacher
@@ -310,7 +310,7 @@ class Head(nn.Module):
         self.mean.copy_(features.mean(0))
         if self.kind == "pca":
             centred = features - self.mean
-            covariance = (centred.T @ centred).double().cpu()
+            covariance = (centred.T @ centred).cpu().double()
             axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : len(self.scale)]
             self.basis.zero_()[:, : axes.shape[1]] = axes
         elif self.kind == "frozen":
@@ -341,8 +341,6 @@ class Distiller(nn.Module):
     A fork overrides what it changes and is passed to `train.main(cfg, objective=Fork)`. Whatever it
     registers (parameters, buffers, modules) is saved in checkpoints and restored. torch is seeded
     anew at every step, so random numbers drawn in a step are those of an undisturbed run.
-
-    view: number of the crop. index int64 [B]: positions of the images in the store, on the CPU.
     """
 
     terms = TERMS
@@ -361,8 +359,9 @@ class Distiller(nn.Module):
     def shared_view(self, images: Tensor, view: int, index: Tensor) -> Tensor:
         """Augmentation that both networks see: images [B, 3, S, S] in [0, 1] -> the same.
 
-        Called at the teacher's size and at the student's. Targets are cached, so it may depend on
-        (cfg.seed, view, index) alone.
+        view: number of the crop. index int64 [B]: positions of the images in the store, on the
+        CPU. Called at the teacher's size and at the student's. Targets are cached, so it may depend
+        on (cfg.seed, view, index) alone.
         """
         return images
 
@@ -498,7 +497,7 @@ def pick_dtype(precision, device):
 
 
 def autocast(device, dtype):
-    """Mixed precision in `dtype`, nothing for float32. It can be entered any number of times."""
+    """Mixed precision in `dtype`, nothing for float32. It can be entered again, but not nested."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

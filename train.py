@@ -3,7 +3,7 @@
     python train.py --preset demo                           # everything, offline, on a laptop CPU
     python train.py --dataset cifar10 --epochs 50           # DINOv2 ViT-B/14 -> ViT-S/16, one GPU
     python train.py --dataset ../my_images --student resnet18
-    torchrun --nproc_per_node=4 train.py --dataset cifar10  # the same losses on four GPUs
+    torchrun --nproc_per_node=4 train.py --dataset cifar10  # on four GPUs
 
 The teacher embeds a few views (crops) of every image once, into a cache. Each step then cuts one
 view out of each image of a batch, embeds it with the student, and pulls the student's embeddings
@@ -95,7 +95,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.bench = evaluation.Bench(cfg, *QUICK_EVAL) if cfg.eval_every and rank == 0 else None
         self.history = []  # the lines of metrics.jsonl
-        # What determines the student: it must be the same when the run is continued.
+        # What may not change when the run is continued.
         self.fixed = dict(objective=objective.__qualname__, images=self.store.fingerprint,
                           weights=teacher.fingerprint)
         for field in dataclasses.fields(cfg):
@@ -187,7 +187,7 @@ def compile_networks(run):
     """torch.compile in place, so that names stay plain; eager where nothing can compile.
 
     On CUDA the student's step becomes CUDA graphs: launching its small kernels takes longer than
-    running them (results/speed/h100.txt).
+    running them (results/first_version/h100.txt).
     """
     cuda = run.device.type == "cuda"
     if run.cfg.compile == "on" or (run.cfg.compile == "auto" and cuda):
@@ -220,6 +220,7 @@ def cache_targets(run, folder):
     now. Raises UserError where they differ.
     """
     rows = np.arange(CHECKED) % len(run.store)
+    # By this run's own heads, before those of the cache replace them: the check covers both.
     expected = run.objective.targets(next(embed_stored(run, 0, [rows])))
     heads = folder / "heads.safetensors"
     data.make_once(heads, functools.partial(write_heads, run))
@@ -318,7 +319,7 @@ def train_step(run, images, codes, boxes, index, epoch, view, step) -> dict[str,
 
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(step, run.steps_per_epoch, cfg)
-    optimiser.zero_grad(set_to_none=True)
+    optimiser.zero_grad()
     with run.autocast:
         loss, stats = objective(pixels, targets)
     scaler.scale(loss).backward()
@@ -359,7 +360,7 @@ def report(run, step, recent):
     line |= zip(recent[0], means.tolist(), strict=True)
     line |= dict(lr=run.optimiser.param_groups[0]["lr"], memory_gb=models.peak_memory(run.device),
                  images_per_s=len(recent) * cfg.batch_size / seconds,
-                 seconds=seconds + sum(line["seconds"] for line in run.history[-1:]))
+                 seconds=seconds + sum(last["seconds"] for last in run.history[-1:]))
     if not math.isfinite(line["loss"]):
         raise UserError(f"loss {line['loss']} between steps {step - len(recent)} and {step}: try a "
                         "lower --lr or --precision fp32; the last checkpoint is good")
@@ -382,7 +383,7 @@ def report(run, step, recent):
 
 
 def save(run, step, stopping):
-    """checkpoint_latest.pth when it is due, and checkpoint_epoch_N.pth before."""
+    """Write checkpoint_epoch_N.pth if it is to be kept, then checkpoint_latest.pth if it is due."""
     cfg, epoch = run.cfg, step / run.steps_per_epoch
     kept = step == run.total_steps
     if cfg.save_every:

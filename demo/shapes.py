@@ -74,7 +74,8 @@ def shapes() -> dict:
             PIL.Image.fromarray(pixels).save(buffer := io.BytesIO(), "bmp")
             images.append(dict(bytes=buffer.getvalue(), path=None))
         columns = dict(image=images, label=[index % len(OUTLINES) for index in range(count)])
-        kinds = dict(image=datasets.Image(decode=False), label=datasets.Value("int64"))
+        kinds = dict(image=datasets.Image(decode=False),
+                     label=datasets.ClassLabel(names=list(OUTLINES)))
         splits[split] = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
     return splits
 

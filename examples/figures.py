@@ -4,9 +4,12 @@
 
 patches.png: three principal components of the patch embeddings as a colour, teacher and student in
 one basis. neighbors.png: test images, and the training images that the student finds most alike,
-framed green where the class is the same and orange where it is not.
+framed green where the class is the same and orange where it is not. progress.png, of a run with
+--eval_every 1: k-NN accuracy against minutes, and the nearest neighbour of the same test images
+before training, after one epoch and at the end.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -80,6 +83,52 @@ def neighbours(path: Path, bench: evaluation.Bench, train, test) -> PIL.Image.Im
     return sheet(path, rows)
 
 
+def progress(path: Path, cfg, bench: evaluation.Bench) -> None:
+    """From metrics.jsonl, eval.json and the checkpoints in the run folder of cfg."""
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "test_knn20" in line]
+    teacher, untrained = json.loads((cfg.run_path / "eval.json").read_text())[:2]
+    checkpoints = [cfg.run_path / f"checkpoint_epoch_{n}.pth" for n in (1, cfg.epochs)]
+    students = {"before": model.student_of(cfg)}
+    for file, name in zip(checkpoints, ("epoch 1", f"epoch {cfg.epochs}"), strict=True):
+        students[name] = model.student_of(cfg, model.load_checkpoint(file)[0]["student"])
+
+    kind = data.load_splits(cfg)[bench.test.split].features[cfg.label_column or "label"]
+    some = data.subset(np.arange(len(bench.y_test)), SHOWN)
+    figure = plt.figure(figsize=(12, 3.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
+    axis = left.subplots()
+    minutes = [0.0] + [line["seconds"] / 60 for line in lines]
+    axis.plot(minutes, [100 * untrained["knn20"]] + [100 * line["test_knn20"] for line in lines],
+              "o-", color="#0072b2", label="student")
+    axis.axhline(100 * teacher["knn20"], color="black", linestyle="--", label="teacher")
+    axis.axhline(100 * untrained["knn20"], color="#999999", linestyle=":", label="untrained")
+    axis.set(xlabel="minutes of training", ylabel="k-NN accuracy, %", ylim=(0, 103))
+    axis.legend()
+    axes = right.subplots(1 + len(students), SHOWN)
+    for row in axes:
+        for cell in row:
+            cell.set(xticks=[], yticks=[])
+    for cell, image, label in zip(axes[0], bench.test.images[bench.test_rows[some]],
+                                  bench.y_test[some], strict=True):
+        cell.imshow(image.permute(1, 2, 0))
+        cell.set_title(kind.int2str(int(label)), fontsize=9)
+    axes[0, 0].set_ylabel("query", rotation=0, ha="right", va="center")
+    for row, (name, student) in zip(axes[1:], students.items(), strict=True):
+        train, test = (F.normalize(x, dim=1) for x in bench.features(student))
+        nearest = (test[some] @ train.T).argmax(1)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        images = bench.train.images[bench.train_rows[nearest]]
+        for cell, image, same in zip(row, images, bench.y[nearest] == bench.y_test[some],
+                                     strict=True):
+            cell.imshow(image.permute(1, 2, 0))
+            for spine in cell.spines.values():
+                spine.set(color=SAME if same else OTHER, linewidth=3)
+    figure.savefig(path, dpi=100)
+
+
 def main(checkpoint: str, folder: str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +143,9 @@ def main(checkpoint: str, folder: str) -> None:
     patches(folder / "patches.png", bench.test.images[some],
             dict(teacher=(teacher, head.target), student=(objective.student, head.predict)))
     neighbours(folder / "neighbors.png", bench, *bench.features(objective.student))
-    print(f"patches.png and neighbors.png written to {folder}")
+    if cfg.eval_every:
+        progress(folder / "progress.png", cfg, bench)
+    print(f"written to {folder}")
 
 
 if __name__ == "__main__":

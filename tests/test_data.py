@@ -266,3 +266,20 @@ def test_a_store_that_does_not_fit_is_refused_before_it_is_decoded(tiny, tmp_pat
     with pytest.raises(UserError, match="smaller --max_samples"):
         data.open_store(tiny(cache_dir=str(tmp_path)), "train", 80)
     assert not list(tmp_path.glob("stores/*.tmp")) and os.listdir(tmp_path / "stores")
+
+
+def test_a_test_split_of_one_class_keeps_its_labels(tiny, tmp_path):
+    for name in ("train/cat/1.png", "train/dog/2.png", "test/cat/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(1))
+    stores = [data.open_store(tiny(dataset=str(tmp_path)), split) for split in ("train", "test")]
+    assert [store.labels.tolist() for store in stores] == [[0, 1], [0]]
+
+
+def test_a_picture_beside_parquet_files_does_not_hide_them(tiny, tmp_path):
+    cells = [dict(bytes=png(i), path=None) for i in range(5)]
+    table = datasets.Dataset.from_dict(dict(image=cells))
+    (tmp_path / "p").mkdir()
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "p" / "train.parquet")
+    (tmp_path / "p" / "logo.png").write_bytes(png(9))
+    assert len(data.open_store(tiny(dataset=str(tmp_path / "p")), "train")) == 5

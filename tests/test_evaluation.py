@@ -97,3 +97,16 @@ def test_a_malicious_pickle_is_not_executed(tmp_path):
     with pytest.raises(UserError, match=r"bomb\.pth is not a checkpoint"):
         model.load_checkpoint(tmp_path / "bomb.pth")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_comparing_two_models_leaves_mixed_precision_as_it_was(tiny):
+    bench = evaluation.Bench(tiny(precision="bf16", max_samples=80), max_test=80)
+    teacher = model.load_teacher("demo", 32)
+    objective = model.Distiller(model.student_of(tiny()), teacher, tiny())
+    assert -1 <= bench.compare(objective, teacher)["cos_cls"] <= 1
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_evaluation_takes_no_preset():
+    with pytest.raises(UserError, match="unknown flag --preset"):
+        parse(EvalConfig, ["--preset", "demo"])

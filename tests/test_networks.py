@@ -91,3 +91,11 @@ def test_a_run_is_not_continued_with_other_weights_of_its_teacher(tiny, tmp_path
     train.main(dataclasses.replace(cfg, epochs=2, teacher_weights=same_file))
     with pytest.raises(UserError, match="other settings.*\n  - weights: "):
         train.main(dataclasses.replace(cfg, epochs=3, teacher_weights=other))
+
+
+def test_a_teacher_without_a_position_table_is_resized(tmp_path):
+    name = "swin_tiny_patch4_window7_224"
+    net = timm.create_model(name, num_classes=0)
+    safetensors.torch.save_file(net.state_dict(), tmp_path / "swin.safetensors")
+    teacher = model.load_teacher(name, 64, str(tmp_path / "swin.safetensors"))
+    assert teacher(torch.rand(1, 3, 64, 64)).patches.shape == (1, 4, 768)
