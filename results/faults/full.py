@@ -21,7 +21,7 @@ from kill import outcome, start
 
 CASES = (  # what is full, what must be there before the disk is, the bytes left, the message
     ("the store", "", 1_000_000, "needs 0.0 GB and has 0.0 GB"),
-    ("its images", "cache/stores/*.tmp", 0, "No space left"),
+    ("its images", "cache/stores/*.part", 0, "No space left"),
     ("the cache", "cache/stores/*[0-9a-f]/info.json", 200_000, "needs 0.0 GB and has 0.0 GB"),
     ("a log line", "run/metrics.jsonl", 0, r"cannot write \S+/metrics.jsonl: .*No space left"),
     ("a checkpoint", "run/checkpoint_latest.pth", 200_000, r"cannot write \S+checkpoint_\S+.pth: "),

@@ -33,8 +33,8 @@ COMMAND = (
     "--precision fp32 --device cpu"
 ).split()
 PLACES = {  # what must be there before the kill, and the longest wait after that, in seconds
-    "building the store": ("cache/stores/*.tmp", 0.5),
-    "filling the cache": ("cache/targets/*/view_1.i8", 2.0),
+    "building the store": ("cache/stores/*.part", 0.5),
+    "filling the cache": ("cache/targets/*/view_*.part", 1.0),
     "writing a checkpoint": ("run/*.tmp", 0.01),
     "training": ("run/checkpoint_latest.pth", 3.0),
     "anywhere": ("", 8.0),
@@ -46,8 +46,8 @@ def start(folder: Path, *more: str) -> subprocess.Popen:
     command += ["--cache_dir", str(folder / "cache")]
     env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     return subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also under nohup
 
 
 def outcome(folder: Path) -> dict:
@@ -70,7 +70,8 @@ def outcome(folder: Path) -> dict:
             digest.update(file.read_bytes() if file.is_file() else b"")
         out[kind] = digest.hexdigest()
     out["files"] = str(sorted(f.name for f in (folder / "run").iterdir()))
-    assert "tmp" not in out["files"] and not list(folder.rglob("*.tmp")), out["files"]
+    left = [*folder.rglob("*.tmp"), *folder.rglob("*.part")]
+    assert not left, left
     return out
 
 
@@ -89,14 +90,11 @@ def disturb(folder: Path, number: int, place: str) -> str:
     if not hit or process.returncode == 0:
         assert process.returncode == 0, text[-2000:]
         return "ended"
-    # Python and torch are loaded for seconds before train.py can mind a signal, and after its last
-    # line they are on their way out.
-    loading = not text or "done. Evaluate" in text
-    if number == signal.SIGKILL:
-        assert process.returncode == -number
-    elif not loading and place != "building the store":  # there SIGTERM ends it at once
-        assert process.returncode == 128 + number and "the same command goes on" in text, text
-        assert "Traceback" not in text, text
+    # Before the first step and after the last one SIGTERM ends the process at once.
+    in_loop = "all targets are cached" in text and "done. Evaluate" not in text
+    assert process.returncode in (-number, 128 + number), text
+    if number != signal.SIGKILL and in_loop and process.returncode == 128 + number:
+        assert "run the same command to continue" in text and "Traceback" not in text, text
     return place
 
 
