@@ -132,6 +132,8 @@ class Config:
         for flag in ("teacher_weights", "student_weights"):
             if (file := getattr(self, flag)) and not Path(file).is_file():
                 found.append(f"--{flag} {file}: no such file")
+        if not self.train_split:
+            found.append("--train_split is empty")
         if self.cls_weight == self.patch_weight == 0:
             found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
         if self.batch_size % int(os.environ.get("WORLD_SIZE", 1)):

@@ -73,6 +73,8 @@ def make_once(path, make):
 
     Other processes wait. A part that an interrupted process has left is there when `make` begins.
     """
+    if path.exists():  # perhaps on a disk that is read-only
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():

@@ -413,6 +413,9 @@ class Distiller(nn.Module):
             prediction = prediction.detach()
             stats[f"cos_{name}"] = 1 - cosine_loss(prediction, target).mean()
             stats.setdefault("similarity", mean_similarity(prediction[:, 0]))  # of the first term
+        if targets.shape[1] > 0:  # with timm's patch_drop_rate, for one
+            raise UserError(f"the student outputs {targets.shape[1]} tokens fewer than the targets "
+                            "have")
         return stats["loss"], stats
 
     def after_step(self, step: int) -> None:

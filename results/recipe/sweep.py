@@ -135,8 +135,9 @@ class TrainedMap(Raw):
         for head in self.heads.values():
             head.predict = nn.Identity()
 
-    def term_loss(self, name, prediction, target):
-        return super().term_loss(name, prediction, self.maps[name](target))
+    def forward(self, images, targets):
+        cls, patches = self.maps["cls"](targets[:, :1]), self.maps["patch"](targets[:, 1:])
+        return super().forward(images, torch.cat([cls, patches], 1))
 
 
 # ---------------------------------------------------------------------------- rows
