@@ -108,8 +108,8 @@ class Config:
     run_dir: str = free("", "run folder; empty = runs/DATASET-TEACHER-STUDENT")
     resume: bool = free(True, "continue the run in run_dir; --no_resume moves it aside first")
     device: str = free("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
-    precision: str = free("auto", "auto = bf16 where the hardware has it, else fp16 on a GPU, fp32 "
-                          "on a CPU", choices=("auto", "bf16", "fp16", "fp32"))
+    precision: str = free("auto", "auto = bf16 where the hardware has it, else fp16 on CUDA, fp32 "
+                          "elsewhere", choices=("auto", "bf16", "fp16", "fp32"))
     compile: str = free("auto", "torch.compile; auto = on CUDA", choices=("auto", "on", "off"))
     log_every: int = free(50, "steps between log lines", 1)
     save_every: int = free(10, "keep a checkpoint after epoch 1, every N epochs and at the end; "
@@ -143,7 +143,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluate checkpoints with their own settings, or with those given here."""
+    """Evaluate checkpoints on the data of the first, with its settings or those given here."""
 
     checkpoints: tuple = free((), "checkpoint files; a row of the table each")
     max_train: int = free(0, "use a fixed random subset of the training images; 0 = all", 0)

@@ -42,7 +42,7 @@ ORDER, VIEW = range(2)  # keep the random numbers of epochs and views apart
 THREADS = min(16, os.cpu_count() or 1)  # that decode and read
 LABEL_COLUMNS = "label", "fine_label", "cls"
 BYTES = datasets.Value("binary"), datasets.Value("large_binary")
-TABLES = ".parquet", ".arrow", ".tar", ".zip"  # a folder with one of these is for `datasets`
+TABLES = ".parquet", ".arrow"  # a folder with one of these is for `datasets`
 SPLIT_NAMES = dict(  # a folder's name -> the split it holds
     train="train", training="train", test="test", testing="test", validation="validation",
     valid="validation", val="validation", dev="validation")
@@ -65,7 +65,7 @@ def read_ahead(function, arguments):
 
 
 def chunks(rows):
-    return np.split(rows, np.arange(CHUNK, len(rows), CHUNK))
+    return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
 
 
 def make_once(path, make):
@@ -99,12 +99,12 @@ def list_files(folder):
 
     Links are followed, hidden files and folders are left out.
     """
-    found, seen = {}, set()
+    found = {}
     for where, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(where) in seen:  # a link to a folder above
+        above = Path(where).parent.resolve()
+        if where != folder and above.is_relative_to(Path(where).resolve()):  # a link to above
             folders.clear()
             continue
-        seen.add(os.path.realpath(where))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(where, name) for name in names if not name.startswith(".")):
             if path.is_file():
@@ -128,15 +128,15 @@ def image_splits(names):
     next folder is the class. Images outside of split folders are not used: their split is "".
     """
     root = Path(os.path.commonpath([os.path.dirname(name) for name in names]))
-    for folder in (root, *root.parents):  # the only split may be the folder of all images
-        if folder.name.lower() in SPLIT_NAMES:
-            root = folder.parent
     paths = {name: Path(name).relative_to(root).parts for name in names}
     tops = {SPLIT_NAMES.get(path[0].lower(), "") for path in paths.values() if len(path) > 1}
     has_splits = len(tops - {""}) > 1 or (tops and "" not in tops)
+    only = "train"
+    for folder in reversed(root.parts):  # the only split may be a folder of all images
+        only = SPLIT_NAMES.get(folder.lower(), only)
     splits = {}
     for name, path in paths.items():
-        split = "train"
+        split = only
         if has_splits:
             split, path = SPLIT_NAMES.get(path[0].lower(), ""), path[1:]
         splits.setdefault(split, {})[name] = path[0] if len(path) > 1 else None
@@ -213,7 +213,8 @@ def open_source(cfg, split):
 def read_labels(splits, split, column):
     """Classes int64 [I], numbered alike in all splits; -1 for NULL, NaN, -1, lists, no column."""
     rows = splits[split]
-    if not column or not isinstance(rows.features[column], (datasets.Value, datasets.ClassLabel)):
+    kind = rows.features.get(column)
+    if not isinstance(kind, (datasets.Value, datasets.ClassLabel)):
         return np.full(len(rows), -1)
     known = {value for part in splits.values() if column in part.features
              for value in part.unique(column)}
@@ -343,10 +344,10 @@ def open_store(cfg, split, max_samples=0):
     elif content not in DATASETS and Path(content).is_dir():
         content = list_files(content)
     what = [STORE_FORMAT, split, cfg.stored_size, max_samples, cfg.dataset_config,
-            cfg.image_column, cfg.label_column, content]
-    fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    name = f"{slug(cfg.dataset)}-{slug(split or 'test')}-{fingerprint[:12]}"
-    path = Path(cfg.cache_dir) / "stores" / name
+            cfg.image_column, content]
+    fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    names = slug(cfg.dataset), slug(split or "test"), slug(cfg.label_column), fingerprint
+    path = Path(cfg.cache_dir) / "stores" / "-".join(filter(None, names))
     make_once(path, functools.partial(build_store, cfg, split, max_samples))
     try:
         return Store(path)
@@ -369,8 +370,8 @@ def build_store(cfg, split, max_samples, path):
         with contextlib.suppress(Exception):  # counted and reported below
             sides.append(min(open_image(cell, folders).size))
     size = min(cfg.stored_size, int(np.median(sides or cfg.stored_size)))
-    check_space(path.parent, 3 * size**2 * len(rows), "--max_samples")
     shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed
+    check_space(path.parent, 3 * size**2 * len(rows), "--max_samples")
     path.mkdir()
     parts, kept, bad = chunks(rows), [], []
     jobs = ((source[part]["image"], part, size, folders) for part in parts)

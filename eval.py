@@ -4,9 +4,9 @@
     python eval.py runs/x/checkpoint_epoch_{10,20,50}.pth                  # a row each
     python eval.py runs/x/checkpoint_latest.pth --eval_dataset owner/name  # on other data
 
-Embeddings of whole, uncropped images are classified by k-NN (DINO, Caron et al. 2021) and by a
-linear probe (DINOv2's logistic regression: L-BFGS, its strength chosen on part of train). Prints a
-table and writes eval.json next to the first checkpoint.
+Embeddings of stored images, without crops, are classified by k-NN (DINO, Caron et al. 2021) and by
+a linear probe (DINOv2's logistic regression: L-BFGS, its strength chosen on part of train). Prints
+a table and writes eval.json next to the first checkpoint.
 
 Axes: I training images, Q test images, D width.
 """
@@ -243,7 +243,7 @@ def load(path, overrides):
 def main(args):
     """Evaluate checkpoints, the first one's teacher and its untrained student; returns the rows."""
     loaded = {path: load(path, args.overrides or {}) for path in args.checkpoints}
-    first, cfg, _ = loaded[args.checkpoints[0]]
+    _, cfg, _ = loaded[args.checkpoints[0]]
     bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
     machine = models.environment(bench.device)
     print(f"{bench.dataset}: {len(bench.y)} training, {len(bench.y_test)} test images, {machine}",
@@ -259,8 +259,9 @@ def main(args):
         rows.append(bench.row("student, untrained", models.student_of(cfg)))
     for path, (saved, own, student) in loaded.items():
         row = bench.row(f"{Path(path).parent.name}, epoch {saved['epoch']:g}", student)
-        fixed, same = saved["fixed"], ("weights", "teacher_size")
-        if teacher and all(fixed[key] == first["fixed"][key] for key in same):
+        fixed = saved["fixed"]
+        if teacher and (fixed["weights"], own.teacher_size) == (
+                teacher.fingerprint, teacher.image_size):
             for name in ("knn20", "linear"):
                 if rows[0].get(name):
                     row[f"keeps_{name}"] = row[name] / rows[0][name]

@@ -370,7 +370,8 @@ class Distiller(nn.Module):
         return images
 
     def embed(self, backbone: Backbone, images: Tensor) -> Features:
-        """Student or teacher: images [B, 3, S, S] -> Features."""
+        """Student or teacher in training: images [B, 3, S, S] -> Features. Evaluation calls the
+        Backbone itself."""
         return backbone(images)
 
     def on_student_grid(self, features: Features) -> Features:

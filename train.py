@@ -133,6 +133,8 @@ def start(run):
     else:
         rows = data.epoch_order(len(run.store), cfg.seed, 0)[:STAT_IMAGES]
         run.objective.fit(embed_stored(run, 0, data.chunks(rows), "fitting the heads"))
+        for buffer in run.objective.heads.buffers() if run.world > 1 else ():
+            dist.broadcast(buffer, 0)
     compile_networks(run)
     if run.rank == 0:
         save_views(run)
@@ -229,6 +231,7 @@ def cache_targets(run, folder):
     shape = len(run.store), expected.shape[1], expected.shape[2] + 2
     files = [folder / f"view_{v}.i8" for v in range(min(run.cfg.teacher_views, run.cfg.epochs))]
     need = math.prod(shape) * sum(not file.exists() for file in files)
+    need -= sum(part.stat().st_size for part in folder.glob("*.part"))
     log.info(f"target cache {folder}: {len(files)} views, {need / 1e9:.2f} GB to be filled")
     data.check_space(folder, need, "--teacher_views, of which 0 makes no cache")
     first = len(files) * run.rank // run.world  # processes begin with different views
@@ -237,11 +240,11 @@ def cache_targets(run, folder):
         data.make_once(files[view], fill)
     run.targets = [data.RowFile(file, torch.int8, shape) for file in files]
 
-    cached = data.dequantise(run.targets[0][rows])
-    cos = F.cosine_similarity(cached.flatten(), expected.cpu().flatten(), dim=0)
-    if cos < SAME:
-        raise UserError(f"the target cache {folder} holds other targets (cosine {cos:.3f} to those "
-                        "of now): the program has changed since; delete that folder")
+    cached, expected = data.dequantise(run.targets[0][rows]), expected.cpu()
+    cos = F.cosine_similarity(cached.mT.flatten(0, 1), expected.mT.flatten(0, 1), dim=0)
+    if (cos < SAME).logical_and(expected.any(2).any(0)).any():  # of each place, but for zeros
+        raise UserError(f"the target cache {folder} holds other targets (cosine {cos.min():.3f} to "
+                        "those of now): the program has changed since; delete that folder")
     run.teacher = None
     log.info("all targets are cached: the teacher is dropped")
     if run.device.type == "cuda":
@@ -252,7 +255,8 @@ def cache_targets(run, folder):
 
 
 def write_heads(run, path):
-    save_file({name: value.cpu() for name, value in run.objective.heads.named_buffers()}, path)
+    buffers = {name: value.cpu() for name, value in run.objective.heads.named_buffers()}
+    write_atomically(path, functools.partial(save_file, buffers))
 
 
 def fill_view(run, view, row_bytes, path):
@@ -376,7 +380,7 @@ def report(run, step, recent):
         quick = run.bench.evaluate(*run.bench.features(run.objective.evaluated), probe=False)
         line |= {f"test_{name}": value for name, value in quick.items()}
         log.info("test: " + " ".join(f"{name} {value:.4g}" for name, value in quick.items()))
-        run.objective.train()
+        run.objective.student.train()
         run.logged_at = time.monotonic()
     lines = "".join(json.dumps(line) + "\n" for line in run.history)
     write_atomically(cfg.run_path / "metrics.jsonl", lambda path: path.write_text(lines))
@@ -494,7 +498,10 @@ def main(cfg: Config, objective=Distiller) -> dict:
     latest = cfg.run_path / "checkpoint_latest.pth"
     log.info(f"done. Evaluate with: python eval.py {latest}")
     if cfg.eval_at_end and rank == 0:
-        return run.history[-1] | dict(eval=evaluation.main(EvalConfig((str(latest),))))
+        free = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)
+                if field.metadata["free"]}
+        rows = evaluation.main(EvalConfig((str(latest),), overrides=free))
+        return run.history[-1] | dict(eval=rows)
     return run.history[-1]
 
 

@@ -283,3 +283,24 @@ def test_a_picture_beside_parquet_files_does_not_hide_them(tiny, tmp_path):
     table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "p" / "train.parquet")
     (tmp_path / "p" / "logo.png").write_bytes(png(9))
     assert len(data.open_store(tiny(dataset=str(tmp_path / "p")), "train")) == 5
+
+
+def test_archives_nested_splits_and_two_links_to_a_folder_do_not_confuse(tiny, tmp_path):
+    split = data.image_splits(["training/train/cat/1.png", "training/val/dog/2.png"])
+    assert {name: len(files) for name, files in split.items()} == dict(train=1, validation=1)
+    for name in ("a/src/cat/1.png", "a/src/dog/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(1))
+    (tmp_path / "a" / "backup.zip").write_bytes(b"PK")
+    for link in ("train", "test"):
+        (tmp_path / "a" / link).symlink_to("src")
+    (tmp_path / "a" / "src" / "loop").symlink_to(tmp_path / "a")
+    assert len(data.list_files(str(tmp_path / "a"))) == 6
+
+
+def test_a_label_column_of_the_evaluation_may_be_missing_in_training(tiny, tmp_path):
+    rows = datasets.Dataset.from_dict(dict(image=[dict(bytes=png(i), path=None) for i in range(4)]))
+    rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "disk"))
+    stores = [data.open_store(tiny(dataset=str(tmp_path / "disk"), label_column=column), "train")
+              for column in ("", "breed")]
+    assert stores[0].fingerprint == stores[1].fingerprint and stores[1].labels.max() == -1

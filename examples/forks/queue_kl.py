@@ -39,7 +39,7 @@ class QueueKL(model.Distiller):
 
     @torch.no_grad()
     def after_step(self, step):
-        self.queue.copy_(torch.cat([self.newest, self.queue[: -len(self.newest)]]))
+        self.queue.copy_(torch.cat([self.newest, self.queue])[:SIZE])
 
 
 def main(cfg: Config) -> dict:

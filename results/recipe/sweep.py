@@ -99,7 +99,7 @@ class QueueKL(Raw):
 
     @torch.no_grad()
     def after_step(self, step):
-        self.queue.copy_(torch.cat([self.newest, self.queue[: -len(self.newest)]]))
+        self.queue.copy_(torch.cat([self.newest, self.queue])[: self.size])
 
 
 class QueueAndPatchKL(QueueKL):
