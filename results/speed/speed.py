@@ -164,8 +164,8 @@ def cache(folder: Path) -> None:
         off += speeds(run(dataclasses.replace(short, teacher_views=0, epochs=1)), 0)
     fill, warm, off = (1e3 / statistics.median(each) for each in (fill, warm, off))
     print(f"a step, ms per image: {fill:.2f} filling, {warm:.2f} reading, {off:.2f} without\n"
-          f"50 epochs, V = 4: 50 x {off:.2f} / (4 x {fill:.2f} + 46 x {warm:.2f}) = "
-          f"{50 * off / (4 * fill + 46 * warm):.2f} times")
+          f"50 epochs, V = 4: 50 x {off:.2f} / (4 x {fill:.2f} + 50 x {warm:.2f}) = "
+          f"{50 * off / (4 * fill + 50 * warm):.2f} times")
 
 
 def store(folder: Path) -> None:
