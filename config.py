@@ -119,6 +119,11 @@ class Config:
     def run_path(self):
         return Path(self.run_dir or f"runs/{slug(self.dataset)}-{self.teacher}-{self.student}")
 
+    def settings(self, free):
+        """The free settings, or the fixed ones: name -> value."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                if field.metadata["free"] == free}
+
     @property
     def stored_size(self):
         """Pixels of stored images, at most: no network sees more."""
@@ -149,7 +154,7 @@ class EvalConfig:
     max_train: int = free(0, "use a fixed random subset of the training images; 0 = all", 0)
     max_test: int = free(0, "use a fixed random subset of the test images; 0 = all", 0)
     baselines: bool = free(True, "also evaluate the teacher and an untrained student")
-    overrides: dict | None = None  # of free settings of Config
+    overrides: dict = dataclasses.field(default_factory=dict)  # free settings of Config -> value
 
     def problems(self):
         if not self.checkpoints:

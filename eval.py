@@ -242,7 +242,7 @@ def load(path, overrides):
 
 def main(args):
     """Evaluate checkpoints, the first one's teacher and its untrained student; returns the rows."""
-    loaded = {path: load(path, args.overrides or {}) for path in args.checkpoints}
+    loaded = {path: load(path, args.overrides) for path in args.checkpoints}
     _, cfg, _ = loaded[args.checkpoints[0]]
     bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
     machine = models.environment(bench.device)

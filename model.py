@@ -235,6 +235,7 @@ def official_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([table[:, :1], patches.flatten(2).mT], 1)
 
 
+@functools.cache  # `parse` calls it, and `train.main` again
 def problems(cfg):
     """What does not fit the models of a Config, found before anything is downloaded or written."""
     found = []
@@ -370,8 +371,10 @@ class Distiller(nn.Module):
         return images
 
     def embed(self, backbone: Backbone, images: Tensor) -> Features:
-        """Student or teacher in training: images [B, 3, S, S] -> Features. Evaluation calls the
-        Backbone itself."""
+        """In training, student or teacher: images [B, 3, S, S] -> Features.
+
+        Evaluation calls the Backbone itself.
+        """
         return backbone(images)
 
     def on_student_grid(self, features: Features) -> Features:

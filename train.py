@@ -97,10 +97,7 @@ class Run:
         self.history = []  # the lines of metrics.jsonl
         # What may not change when the run is continued.
         self.fixed = dict(objective=objective.__qualname__, images=self.store.fingerprint,
-                          weights=teacher.fingerprint)
-        for field in dataclasses.fields(cfg):
-            if not field.metadata["free"]:
-                self.fixed[field.name] = getattr(cfg, field.name)
+                          weights=teacher.fingerprint, **cfg.settings(free=False))
 
     def boxes(self, view):
         return data.view_boxes(self.cfg.seed, view, len(self.store), self.cfg.crop_scale)
@@ -363,7 +360,7 @@ def report(run, step, recent):
     line = dict(epoch=step / run.steps_per_epoch, step=step)
     line |= zip(recent[0], means.tolist(), strict=True)
     line |= dict(lr=run.optimiser.param_groups[0]["lr"], memory_gb=models.peak_memory(run.device),
-                 images_per_s=len(recent) * cfg.batch_size / seconds,
+                 images_per_s=len(recent) * cfg.batch_size / max(seconds, 1e-9),
                  seconds=seconds + sum(last["seconds"] for last in run.history[-1:]))
     if not math.isfinite(line["loss"]):
         raise UserError(f"loss {line['loss']} between steps {step - len(recent)} and {step}: try a "
@@ -498,9 +495,7 @@ def main(cfg: Config, objective=Distiller) -> dict:
     latest = cfg.run_path / "checkpoint_latest.pth"
     log.info(f"done. Evaluate with: python eval.py {latest}")
     if cfg.eval_at_end and rank == 0:
-        free = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)
-                if field.metadata["free"]}
-        rows = evaluation.main(EvalConfig((str(latest),), overrides=free))
+        rows = evaluation.main(EvalConfig((str(latest),), overrides=cfg.settings(free=True)))
         return run.history[-1] | dict(eval=rows)
     return run.history[-1]
 

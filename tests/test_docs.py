@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 
 
-def block(page: str, heading: str, number: int = 0, language: str = "python") -> str:
+def block(page: str, heading: str, number: int = 0) -> str:
     """The code under a heading of a page."""
     section = re.split(r"^##+ ", PAGES[page].split(f"# {heading}\n")[1], flags=re.M)[0]
-    return re.findall(rf"^```{language}\n(.*?)^```", section, re.M | re.S)[number]
+    return re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)[number]
 
 
 LOAD = block("README.md", "Use the student") + block("recipes.md", "Similar images")

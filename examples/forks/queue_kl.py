@@ -18,14 +18,14 @@ import model
 import train
 from config import Config, cli
 
-SIZE, TEMPERATURE = 1024, 0.07
-
 
 class QueueKL(model.Distiller):
+    size, temperature = 1024, 0.07
+
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher, cfg)
         width = len(self.heads["cls"].scale)
-        noise = torch.randn(SIZE, width, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(self.size, width, generator=torch.Generator().manual_seed(0))
         self.register_buffer("queue", F.normalize(noise, dim=1))
 
     def term_loss(self, name, prediction, target):
@@ -33,13 +33,13 @@ class QueueKL(model.Distiller):
             return super().term_loss(name, prediction, target)
         student, teacher = (F.normalize(x[:, 0].float(), dim=1) for x in (prediction, target))
         self.newest = teacher
-        student = (student @ self.queue.T / TEMPERATURE).log_softmax(1)
-        teacher = (teacher @ self.queue.T / TEMPERATURE).log_softmax(1)
+        student = (student @ self.queue.T / self.temperature).log_softmax(1)
+        teacher = (teacher @ self.queue.T / self.temperature).log_softmax(1)
         return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
     @torch.no_grad()
     def after_step(self, step):
-        self.queue.copy_(torch.cat([self.newest, self.queue])[:SIZE])
+        self.queue.copy_(torch.cat([self.newest, self.queue])[: self.size])
 
 
 def main(cfg: Config) -> dict:

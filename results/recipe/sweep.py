@@ -29,6 +29,7 @@ import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
+from examples.forks import queue_kl  # noqa: E402
 from examples.forks.ema import EMA  # noqa: E402
 from examples.forks.jitter import Jitter  # noqa: E402
 
@@ -74,32 +75,13 @@ class PatchMSE(Raw):
     """Patches only, mean squared error of unnormalised features (LightlyTrain v2)."""
 
     def term_loss(self, name, prediction, target):
-        if name == "cls":
-            return prediction.float().sum() * 0
         return F.mse_loss(prediction.float(), target)
 
 
-class QueueKL(Raw):
-    """KL of the similarities to a queue of earlier targets (LightlyTrain v1)."""
+class QueueKL(queue_kl.QueueKL, Raw):
+    """KL of the similarities to a queue of earlier targets (LightlyTrain v1), without patches."""
 
-    size, temperature = 8192, 0.07
-
-    def __init__(self, student, teacher, cfg):
-        super().__init__(student, teacher, cfg)
-        self.register_buffer("queue", F.normalize(torch.randn(self.size, teacher.embed_dim), dim=1))
-
-    def term_loss(self, name, prediction, target):
-        if name == "patch":
-            return prediction.float().sum() * 0
-        student, teacher = (F.normalize(x[:, 0].float(), dim=1) for x in (prediction, target))
-        self.newest = teacher
-        student, teacher = ((x @ self.queue.T / self.temperature).log_softmax(1)
-                            for x in (student, teacher))
-        return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
-
-    @torch.no_grad()
-    def after_step(self, step):
-        self.queue.copy_(torch.cat([self.newest, self.queue])[: self.size])
+    size = 8192
 
 
 class QueueAndPatchKL(QueueKL):
@@ -168,8 +150,8 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective and a num
     "conv net, head pca": dict(CONV, head="pca", seeds=1),
     # what others do
     "normalised MSE, frozen random map": dict(loss="mse", head="frozen"),
-    "patch MSE (LightlyTrain v2)": dict(objective=PatchMSE, pool="mean"),
-    "queue KL (LightlyTrain v1)": dict(objective=QueueKL, pool="mean"),
+    "patch MSE (LightlyTrain v2)": dict(objective=PatchMSE, pool="mean", cls_weight=0.0),
+    "queue KL (LightlyTrain v1)": dict(objective=QueueKL, pool="mean", patch_weight=0.0),
     "queue KL, patch KL (v3)": dict(objective=QueueAndPatchKL, pool="mean"),
     "queue KL, patch KL (v3), lr 2e-3": dict(objective=QueueAndPatchKL, pool="mean", lr=2e-3),
     "queue KL, patch KL (v3), lr 5e-4": dict(objective=QueueAndPatchKL, pool="mean", lr=5e-4),
