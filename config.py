@@ -6,16 +6,14 @@
 """
 
 import argparse
-import dataclasses
 import difflib
-import functools
 import logging
 import os
 import re
 import sys
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # this project never phones home
 
 DATASETS = dict(cifar10="uoft-cs/cifar10", cifar100="uoft-cs/cifar100", shapes="")  # "": drawn
 PRESETS = {
@@ -25,40 +23,31 @@ PRESETS = {
         student_args="patch_size=8 embed_dim=64 depth=4 num_heads=4 weight_init=jax",
         student_size=32, crop_scale=0.8, precision="fp32", batch_size=64, epochs=14, lr=3e-3,
         eval_at_end=True),
-    # 500,000 images of your own (--dataset) on one GPU. No run of that size has been made.
+    # 500,000 images of your own on one GPU. No run of that size has been made.
     "hf": dict(dataset="", batch_size=512, epochs=100, warmup_epochs=5.0),
-    # The recipe of the course project that this one grew from.
+    # Of the course project that this one grew from.
     "course": dict(head="frozen", loss="mse", student_size=224, batch_size=64, epochs=100, lr=5e-4,
-                   weight_decay=0.04, warmup_epochs=10.0),
-}
+                   weight_decay=0.04, warmup_epochs=10.0)}
 ALIASES = dict(  # what similar programs call a setting -> its name here
     learning_rate="lr", num_epochs="epochs", checkpoint_dir="run_dir", resume_from="run_dir",
     output_dir="run_dir", teacher_name="teacher", student_name="student", dataset_name="dataset",
     data_dir="dataset", use_torch_compile="compile", image_size="student_size", use_amp="precision")
 
-
 class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""
 
-
 def setting(default, help, low=None, high=sys.maxsize, choices=(), *, free):
-    """A setting, which is also a flag; low and high are inclusive.
-
-    A fixed setting must stay the same when a run is continued, a free one may change.
-    """
+    """A setting and its flag. When a run is continued a fixed one must be the same as before."""
     rules = dict(help=help, low=low, high=high, choices=choices, free=free)
-    return dataclasses.field(default=default, metadata=rules)
+    return field(default=default, metadata=rules)
 
+fixed = partial(setting, free=False)
+free = partial(setting, free=True)
 
-fixed = functools.partial(setting, free=False)
-free = functools.partial(setting, free=True)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Distil a frozen teacher into a small student, from unlabelled images."""
 
-    # results/recipe/README.md: which defaults were compared with others, and on what.
     preset: str = fixed("", "defaults to start from", choices=("", *PRESETS))
     # data
     dataset: str = free("cifar10", "cifar10, cifar100, shapes, owner/name on the Hub, or a folder")
@@ -80,8 +69,7 @@ class Config:
     teacher: str = fixed("dinov2_vitb14", "dinov2_vit{s,b,l,g}14[_reg], demo, or any timm model")
     teacher_weights: str = free("", "a file of its weights; empty = from the Hub")
     teacher_size: int = fixed(224, "pixels the teacher sees; a multiple of its patch", 8, 4096)
-    teacher_views: int = fixed(4, "views of each image whose targets are cached; later epochs "
-                               "repeat them; 0 = no cache, a new view every epoch", 0, 1000)
+    teacher_views: int = fixed(4, "cached views of each image; 0 = a new view each epoch", 0, 1000)
     # student
     student: str = fixed("vit_small_patch16_224", "any timm model")
     student_args: str = fixed("", "its timm arguments: 'depth=6 embed_dim=192 num_heads=3'")
@@ -89,10 +77,8 @@ class Config:
     student_size: int = fixed(96, "pixels the student sees; a multiple of its patch", 8, 4096)
     pool: str = fixed("cls", "embed by class token, or mean of patches", choices=("cls", "mean"))
     # loss
-    head: str = fixed("auto", "pca, frozen: a fixed map from the teacher to the student's width, "
-                      "along principal or random axes; linear: a trained map from the student to "
-                      "the teacher's width; auto = pca for ViTs, linear for conv nets",
-                      choices=("auto", "pca", "frozen", "linear"))
+    head: str = fixed("auto", "pca, frozen: fixed map on principal, random axes; linear: trained; "
+                      "auto = pca for ViTs", choices=("auto", "pca", "frozen", "linear"))
     loss: str = fixed("cosine", "distance to the target", choices=("cosine", "mse"))
     cls_weight: float = fixed(1.0, "weight of the [CLS] loss", 0)
     patch_weight: float = fixed(0.5, "weight of the patch loss", 0)
@@ -108,12 +94,11 @@ class Config:
     run_dir: str = free("", "run folder; empty = runs/DATASET-TEACHER-STUDENT")
     resume: bool = free(True, "continue the run in run_dir; --no_resume moves it aside first")
     device: str = free("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
-    precision: str = free("auto", "auto = bf16 where the hardware has it, else fp16 on CUDA, fp32 "
-                          "elsewhere", choices=("auto", "bf16", "fp16", "fp32"))
+    precision: str = free("auto", "auto = bf16 where the hardware has it, else fp16 on CUDA or "
+                          "fp32", choices=("auto", "bf16", "fp16", "fp32"))
     compile: str = free("auto", "torch.compile; auto = on CUDA", choices=("auto", "on", "off"))
     log_every: int = free(50, "steps between log lines", 1)
-    save_every: int = free(10, "keep a checkpoint after epoch 1, every N epochs and at the end; "
-                           "0 = only at the end", 0)
+    save_every: int = free(10, "keep a checkpoint every N epochs, and of the first and last", 0)
 
     @property
     def run_path(self):
@@ -121,32 +106,19 @@ class Config:
 
     def settings(self, free):
         """The free settings, or the fixed ones: name -> value."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                if field.metadata["free"] == free}
-
-    @property
-    def stored_size(self):
-        """Pixels of stored images, at most: no network sees more."""
-        return max(self.teacher_size, self.student_size)
+        return {option.name: getattr(self, option.name) for option in fields(self)
+                if option.metadata["free"] == free}
 
     def problems(self):
-        """What is wrong with data and run settings; model.py checks what concerns the models."""
-        found = data_problems(self.dataset)
-        if self.eval_dataset:
-            found += data_problems(self.eval_dataset)
-        for flag in ("teacher_weights", "student_weights"):
-            if (file := getattr(self, flag)) and not Path(file).is_file():
-                found.append(f"--{flag} {file}: no such file")
-        if not self.train_split:
-            found.append("--train_split is empty")
+        """What is wrong with data and run; `model.problems` adds what concerns the models."""
+        found = data_problems(self.dataset) + data_problems(self.eval_dataset or "cifar10")
         if self.cls_weight == self.patch_weight == 0:
             found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
         if self.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
             found.append(f"--batch_size {self.batch_size} is not a multiple of the processes")
         return found
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluate checkpoints on the data of the first, with its settings or those given here."""
 
@@ -154,95 +126,75 @@ class EvalConfig:
     max_train: int = free(0, "use a fixed random subset of the training images; 0 = all", 0)
     max_test: int = free(0, "use a fixed random subset of the test images; 0 = all", 0)
     baselines: bool = free(True, "also evaluate the teacher and an untrained student")
-    overrides: dict = dataclasses.field(default_factory=dict)  # free settings of Config -> value
-
-    def problems(self):
-        if not self.checkpoints:
-            return ["no checkpoint given: python eval.py runs/NAME/checkpoint_latest.pth"]
-        return [f"no such checkpoint: {c}" for c in self.checkpoints if not Path(c).is_file()]
-
+    overrides: dict = field(default_factory=dict)  # free settings of Config -> value
 
 def slug(name):
     """A path's last part, or any name, as part of a file name."""
     return re.sub(r"[^\w.]+", "_", Path(name).resolve().name).lower()[-60:] if name else ""
 
-
 def suggestion(name, known, prefix=""):
     """'; did you mean x or y?', or nothing."""
-    close = difflib.get_close_matches(name, list(known))
-    return f"; did you mean {' or '.join(prefix + c for c in close)}?" if close else ""
-
+    close = [prefix + other for other in difflib.get_close_matches(name, list(known))]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 def data_problems(dataset):
     """What is wrong with the name of a data set."""
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset)
     if dataset in DATASETS or on_hub or (dataset and Path(dataset).is_dir()):
         return []
-    return [f"--dataset {dataset!r}: not {', '.join(DATASETS)}, nor owner/name on the Hub, nor an "
-            f"existing folder{suggestion(dataset, DATASETS)}"]
-
+    return [f"--dataset {dataset!r}: no folder, {', '.join(DATASETS)}, nor owner/name on the Hub"]
 
 def validate(cfg, *checks, found=()):
     """Raise one UserError with every problem: `found`, wrong values, and those of `checks`."""
     found = list(found)
-    for field in dataclasses.fields(cfg):
-        value, rule = getattr(cfg, field.name), field.metadata
-        if rule and rule["choices"] and value not in rule["choices"]:
-            close = suggestion(value, rule["choices"])
-            found.append(f"--{field.name} {value}: not one of {', '.join(rule['choices'])}{close}")
-        elif rule and rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
-            found.append(f"--{field.name} {value}: must be from {rule['low']} to {rule['high']:g}")
+    for name, value in vars(cfg).items():
+        rule = cfg.__dataclass_fields__[name].metadata
+        low, high = rule.get("low"), rule.get("high")
+        if rule.get("choices") and value not in rule["choices"]:
+            found.append(f"--{name} {value}: not one of {', '.join(rule['choices'])}")
+        elif low is not None and not low <= value <= high:
+            found.append(f"--{name} {value}: must be from {low} to {high:g}")
     for check in checks:
         found += check(cfg)
     if found:
-        raise UserError("\n".join(dict.fromkeys(found)))
+        raise UserError("\n".join(found))
 
-
-def make_parser(fields, about):
+def make_parser(options, about):
     """A parser with a flag for each of some dataclass fields; values stay text."""
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, exit_on_error=False,
                                      argument_default=argparse.SUPPRESS)
-    for field in fields:
-        text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
-        if field.type is tuple:
-            parser.add_argument(field.name, nargs="*", help=text)
-        elif field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true", help=text)
-            parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false")
+    for option in options:
+        name, text = option.name, f"{option.metadata['help']} (default: {option.default!r})"
+        if option.type is tuple:
+            parser.add_argument(name, nargs="+", help=text)
+        elif option.type is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+            parser.add_argument(f"--no_{name}", dest=name, action="store_false")
         else:
-            kind = "|".join(field.metadata["choices"]) or field.type.__name__
-            parser.add_argument(f"--{field.name}", metavar=kind.upper(), help=text)
+            kind = "|".join(option.metadata["choices"]) or option.type.__name__
+            parser.add_argument(f"--{name}", metavar=kind.upper(), help=text)
     return parser
 
-
 def parse(cls, argv, *checks):
-    """Command line -> a validated Config or EvalConfig: the preset first, then the flags.
-
-    Raises UserError that lists every unknown flag and wrong value, with the closest valid names.
-    """
-    own = {field.name: field for field in dataclasses.fields(cls) if field.metadata}
-    flags = {f.name: f for f in dataclasses.fields(Config) if f.metadata["free"]} | own
+    """Command line -> a validated Config or EvalConfig: the preset first, then the flags."""
+    own = {option.name: option for option in fields(cls) if option.metadata}
+    flags = {option.name: option for option in fields(Config) if option.metadata["free"]} | own
     given, unknown = make_parser(flags.values(), cls.__doc__).parse_known_args(argv)
     found = []
-    for word in unknown:
+    for word in [word for word in unknown if word.startswith("-")] or unknown:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
-        close = f"; here it is --{ALIASES[name]}" if name in ALIASES else ""
-        if word.startswith("-"):
-            found.append(f"unknown flag --{name}{close or suggestion(name, flags, '--')}")
-        elif not found:
-            found.append(f"unexpected {word!r}: settings are written --name value")
+        found.append(f"unknown {word}{suggestion(ALIASES.get(name, name), flags, '--')}")
     values, overrides = dict(PRESETS.get(getattr(given, "preset", ""), {})), {}
     for name, text in vars(given).items():
         try:
             (values if name in own else overrides)[name] = flags[name].type(text)
         except ValueError:
             found.append(f"--{name} {text}: not a number of type {flags[name].type.__name__}")
-    if overrides:
+    if cls is EvalConfig:
         values["overrides"] = overrides
     cfg = cls(**values)
-    validate(cfg, cls.problems, *checks, found=found)
+    validate(cfg, *checks, found=found)
     return cfg
-
 
 def cli(main, cls, *checks):
     """Run main(parse(cls, argv)); a UserError becomes a message and exit status 2."""
@@ -258,44 +210,38 @@ def cli(main, cls, *checks):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
-
 def write_atomically(path, write):
-    """Run write(temporary path), flush it to the disk, and rename it into place.
-
-    Raises UserError when it cannot be written; what had the name before is intact.
-    """
+    """Run write(temporary path), which makes a file or folder, and rename that into place."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        descriptor = os.open(temporary, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
         os.replace(temporary, path)
+    except UserError:
+        raise
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {reason(error)}") from error
-
 
 def reason(error):
     """The root cause of an error, on one line; libraries wrap what happened."""
     while error.__cause__:
         error = error.__cause__
-    if "weights_only" in str(error):  # torch advises to load untrusted pickles
+    text = " ".join(str(error)[:500].split())
+    if "weights_only" in text:  # torch advises to load untrusted pickles
         return "not a file of plain weights"
-    # The text may quote a file from anywhere: control characters are left out.
-    text = "".join(c if c.isprintable() else " " for c in str(error)[:500])
-    return f"{type(error).__name__}: {' '.join(text.split())}"
-
+    return f"{type(error).__name__}: {''.join(filter(str.isprintable, text))}"
 
 def from_hub(what, instead, load, *arguments, **options):
-    """load(*arguments, **options), which may download; or a UserError that tells why it cannot.
-
-    Without a response from the Hub in five seconds its libraries are switched to offline mode: they
-    find what was downloaded before, and fail at once instead of retrying for a minute.
-    """
+    """load(*arguments, **options), which may download. Raises UserError.
+    If the Hub does not respond in five seconds, its libraries go offline and do not retry."""
     import datasets
     import huggingface_hub as hub
 
-    hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # a library may have imported it before us
+    hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     try:
         if not hub.constants.HF_HUB_OFFLINE:
             hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=5)
@@ -307,5 +253,5 @@ def from_hub(what, instead, load, *arguments, **options):
         why = "responds, so the name may be wrong or private; if it is right, try again later"
         if hub.constants.HF_HUB_OFFLINE:
             why = "does not respond, and it was not downloaded before"
-        raise UserError(f"cannot get {what}: {hub.constants.ENDPOINT} {why}.\n  Without a network: "
-                        f"{instead}, or --preset demo.\n  ({reason(error)})") from error
+        raise UserError(f"cannot get {what}: {hub.constants.ENDPOINT} {why} ({reason(error)}).\n"
+                        f"Without a network: {instead}, or --preset demo") from error

@@ -1,61 +1,59 @@
 """Pixels: any image collection -> a uint8 store on disk -> batches and views.
 
-Images are decoded once: `open_store` reads CIFAR, the Hub, a folder of images or what Hugging Face
-`datasets` reads, and keeps `uint8 [I, 3, S, S]` in a file, of which training only reads rows. The
-order of an epoch and the crops of a view are pure functions of (seed, epoch or view, image): batch
-size, number of processes and interruptions do not change them.
-
+Images are decoded once, into `uint8 [I, 3, S, S]` in a file of which training reads rows. The order
+of an epoch and the crops of a view are pure functions of (seed, epoch or view, image): batch size,
+number of processes and interruptions do not change them.
 Axes: I images, B batch, T tokens, D width, S pixels of a stored image. A box is (x, y, w, h) in
 fractions of the image; a box of negative width is mirrored.
 """
 
-import collections
-import contextlib
-import functools
+import glob
 import hashlib
-import io
 import json
 import logging
 import math
 import os
 import shutil
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache, partial
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas
 import torch
 from filelock import FileLock
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
-from config import DATASETS, UserError, from_hub, reason, slug
+from config import DATASETS, UserError, from_hub, reason, slug, write_atomically
 
 log = logging.getLogger("distill")
-progress = functools.partial(tqdm, leave=False, delay=2)  # a bar, after two seconds
+progress = partial(tqdm, leave=False, delay=2)  # a bar, after two seconds
 
-STORE_FORMAT = 5  # raise it when decoding changes: older stores are then not found
+STORE_FORMAT = 6  # raise it when decoding changes: older stores are then not found
 CHUNK = 64  # images that are decoded or embedded at once
 ORDER, VIEW = range(2)  # keep the random numbers of epochs and views apart
 THREADS = min(16, os.cpu_count() or 1)  # that decode and read
 LABEL_COLUMNS = "label", "fine_label", "cls"
-BYTES = datasets.Value("binary"), datasets.Value("large_binary")
+FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # of Pillow's; EPS runs programs
 TABLES = ".parquet", ".arrow"  # a folder with one of these is for `datasets`
-SPLIT_NAMES = dict(  # a folder's name -> the split it holds
-    train="train", training="train", test="test", testing="test", validation="validation",
-    valid="validation", val="validation", dev="validation")
-
+SPLITS = dict(  # a split -> what it may be called, the first that is there
+    train=["train", "training"],
+    test=["test", "testing", "validation", "valid", "val", "dev"])
 
 class NoSplit(UserError):
     """The data set exists, but has no such split."""
 
-
 def read_ahead(function, arguments):
     """Yield function(*each) for each of `arguments`, in order; threads work a few ahead."""
     with ThreadPoolExecutor(THREADS) as pool:
-        pending = collections.deque()
+        pending = deque()
         for each in arguments:
             pending.append(pool.submit(function, *each))
             if len(pending) > THREADS:
@@ -63,60 +61,35 @@ def read_ahead(function, arguments):
         for future in pending:
             yield future.result()
 
-
 def chunks(rows):
     return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
 
-
 def make_once(path, make):
-    """Unless `path` exists, make(part) a file or folder and rename it to `path`.
-
-    Other processes wait. A part that an interrupted process has left is there when `make` begins.
-    """
+    """Unless `path` exists, make(temporary path) a file or folder; other processes wait for it."""
     if path.exists():  # perhaps on a disk that is read-only
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            part = path.with_name(path.name + ".part")
-            try:
-                make(part)
-                part.rename(path)
-            except OSError as error:
-                raise UserError(f"cannot write {part}: {reason(error)}") from error
-
+            write_atomically(path, make)
 
 def check_space(folder, need, advice):
     """Raise UserError where a disk has less space than is needed."""
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(f"{folder} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB: choose "
-                        f"another --cache_dir, or a smaller {advice}")
-
+    if need > shutil.disk_usage(folder).free:
+        raise UserError(f"{need / 1e9:.1f} GB do not fit into {folder}: see --cache_dir, {advice}")
 
 def list_files(folder):
-    """Relative name -> size of the files of a data set: its images, or with tables all files.
-
-    Links are followed, hidden files and folders are left out.
-    """
-    found = {}
-    for where, folders, names in os.walk(folder, followlinks=True):
-        above = Path(where).parent.resolve()
-        if where != folder and above.is_relative_to(Path(where).resolve()):  # a link to above
-            folders.clear()
-            continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(where, name) for name in names if not name.startswith(".")):
-            if path.is_file():
-                found[str(path.relative_to(folder))] = path.stat().st_size
-    images = {name: size for name, size in found.items() if is_image(name)}
-    has_tables = any(name.endswith(TABLES) for name in found)
-    return dict(sorted((images if images and not has_tables else found).items()))
-
+    """Relative name -> size of a data set's files: its images, or if it has tables all files.
+    Links are followed, hidden files are left out."""
+    names = sorted(glob.glob("**", root_dir=folder, recursive=True))
+    paths = {name: os.path.join(folder, name) for name in names}
+    files = {name: os.path.getsize(path) for name, path in paths.items() if os.path.isfile(path)}
+    images = {name: size for name, size in files.items() if is_image(name)}
+    has_tables = any(name.endswith(TABLES) for name in files)
+    return images if images and not has_tables else files
 
 def is_image(name):
-    return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.OPEN
-
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in FORMATS
 
 def image_splits(names):
     """Relative names of image files -> split -> name -> class, or None.
@@ -124,53 +97,41 @@ def image_splits(names):
         train/cat/1.jpg  test/cat/2.jpg      splits and classes, also Train, testing, val
         cat/1.jpg  dog/2.jpg  train/3.jpg    classes: one of them happens to be called train
 
-    Top folders are splits if all of them, or two different ones, are named as in SPLIT_NAMES. The
-    next folder is the class. Images outside of split folders are not used: their split is "".
-    """
-    root = Path(os.path.commonpath([os.path.dirname(name) for name in names]))
-    paths = {name: Path(name).relative_to(root).parts for name in names}
-    tops = {SPLIT_NAMES.get(path[0].lower(), "") for path in paths.values() if len(path) > 1}
-    has_splits = len(tops - {""}) > 1 or (tops and "" not in tops)
-    only = "train"
-    for folder in reversed(root.parts):  # the only split may be a folder of all images
-        only = SPLIT_NAMES.get(folder.lower(), only)
+    Top folders are splits if all of them, or two of them, are named as in SPLITS. The next folder
+    is the class. The split of images beside split folders is ""."""
+    root = os.path.commonpath([os.path.dirname(name) for name in names])
+    folders = {name: Path(name).relative_to(root).parts[:-1] for name in names}
+    tops = {path[0].lower() for path in folders.values() if path}
+    known = tops.intersection(SPLITS["train"] + SPLITS["test"])
+    has_splits = len(known) > 1 or (known and known == tops)
     splits = {}
-    for name, path in paths.items():
-        split = only
+    for name, path in folders.items():
+        split = "train"
         if has_splits:
-            split, path = SPLIT_NAMES.get(path[0].lower(), ""), path[1:]
-        splits.setdefault(split, {})[name] = path[0] if len(path) > 1 else None
+            split, path = "".join(path[:1]).lower(), path[1:]
+        splits.setdefault(split, {})[name] = path[0] if path else None
     return splits
-
 
 def load_folder(folder, names):
     """Split -> `datasets.Dataset` of a folder of images; logs how the folder was understood."""
     kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
-    splits, tables = image_splits(names), {}
-    classes = {label for files in splits.values() for label in files.values()} - {None}
-    for split, files in splits.items():
+    tables = {}
+    for split, files in image_splits(names).items():
         images, labels = list(files), list(files.values())
-        use = split or "no split and not used"
-        log.info(f"{folder}: {len(images)} images in {use}, such as {images[0]}; "
-                 f"{len(classes)} classes, {labels.count(None)} images of none")
-        if len(classes) == 1:  # then it is no class, but where all images lie
-            labels = [None] * len(images)
-        if split:
-            tables[split] = datasets.Dataset.from_dict(dict(image=images, label=labels), kinds)
+        log.info(f"{folder}, split {split!r}: {len(images)} images, such as {images[0]}; "
+                 f"{len({*labels} - {None})} classes, {labels.count(None)} images of none")
+        tables[split] = datasets.Dataset.from_dict(dict(image=images, label=labels), kinds)
     return tables
-
 
 def load_splits(cfg):
     """Split -> `datasets.Dataset`, of any data set. Raises UserError: not found, no network."""
     if cfg.dataset == "shapes":
         from demo.shapes import shapes
-
         return shapes()
     if cfg.dataset in DATASETS or not Path(cfg.dataset).is_dir():
         name = DATASETS.get(cfg.dataset, cfg.dataset)
-        what = f"the dataset {name} {cfg.dataset_config}".rstrip()
-        config = cfg.dataset_config or None
-        return from_hub(what, "--dataset FOLDER", datasets.load_dataset, name, config)
+        return from_hub(f"the dataset {name}", "--dataset FOLDER", datasets.load_dataset, name,
+                        cfg.dataset_config or None)
     folder, files = os.path.realpath(cfg.dataset), list_files(cfg.dataset)
     if "dataset_dict.json" in files:
         return datasets.load_from_disk(folder)
@@ -180,123 +141,83 @@ def load_splits(cfg):
         return load_folder(folder, files)
     return datasets.load_dataset(folder)
 
-
 def open_source(cfg, split):
     """One split -> (its name, `datasets.Dataset` of undecoded images, labels int64 [I]).
-
-    split "" is test, else validation. Raises UserError: not found, no network, no such split, no or
-    several image columns.
-    """
+    Raises UserError: not found, no network, no such split, no or several image columns."""
     splits = load_splits(cfg)
-    wanted = [split, SPLIT_NAMES.get(split)] if split else ["test", "validation", "valid", "val"]
-    found = [name for name in wanted if name in splits]
+    found = [name for name in SPLITS.get(split, [split]) if name in splits]
     if not found:
-        raise NoSplit(f"dataset {cfg.dataset} has no split {wanted[0]!r}, only "
-                      f"{', '.join(splits)}: set --train_split or --test_split")
+        raise NoSplit(f"{cfg.dataset} has no split {split!r}, only {', '.join(splits)}")
     split, columns = found[0], splits[found[0]].features
     images = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
-    if not images:  # files written elsewhere hold the bytes, but not the type
-        images = [name for name, kind in columns.items() if kind in BYTES
-                  or (isinstance(kind, dict) and "bytes" in kind)]
-    if cfg.image_column:
-        images = [cfg.image_column]
+    images = [cfg.image_column] if cfg.image_column else images
     if len(images) != 1:
-        raise UserError(f"dataset {cfg.dataset} has {len(images)} image columns among "
-                        f"{', '.join(columns)}: set --image_column")
+        raise UserError(f"not one image column among {', '.join(columns)}: set --image_column")
     labels = [name for name in LABEL_COLUMNS if name in columns]
     labels += [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
     source = splits[split].select_columns(images).rename_columns({images[0]: "image"})
     source = source.cast_column("image", datasets.Image(decode=False))
     return split, source, read_labels(splits, split, cfg.label_column or (labels or [""])[0])
 
-
 def read_labels(splits, split, column):
-    """Classes int64 [I], numbered alike in all splits; -1 for NULL, NaN, -1, lists, no column."""
-    rows = splits[split]
-    kind = rows.features.get(column)
+    """Classes int64 [I], numbered alike in all splits; -1 for NULL, NaN, -1, and without two."""
+    kind = splits[split].features.get(column)
     if not isinstance(kind, (datasets.Value, datasets.ClassLabel)):
-        return np.full(len(rows), -1)
-    known = {value for part in splits.values() if column in part.features
-             for value in part.unique(column)}
-    classes = sorted(value for value in known - {None, -1} if value == value)
-    numbers = {value: number for number, value in enumerate(classes)}
-    return np.array([numbers.get(value, -1) for value in rows[column][:]])
-
+        return np.full(len(splits[split]), -1)
+    values = pandas.concat({name: part.select_columns(column).to_pandas()[column]
+                            for name, part in splits.items() if column in part.features})
+    numbers, classes = pandas.factorize(values.where(values != -1), sort=True)
+    if len(classes) < 2:
+        numbers[:] = -1
+    return numbers[values.index.get_level_values(0) == split]
 
 def open_image(cell, folders):
     """A cell of a source, {"bytes", "path"} or None, as a PIL image that is not decoded yet.
-
-    A path, relative to the first of `folders`, counts only inside of one: a stranger's data may
-    name any file. Raises ValueError, OSError or a PIL error.
-    """
+    A path counts only inside of `folders`: a stranger's data may name any file."""
     cell = cell or {}
     if cell.get("bytes") is not None:  # then the path is only a name
-        image = Image.open(io.BytesIO(cell["bytes"]))
-    elif not cell.get("path"):
+        return Image.open(BytesIO(cell["bytes"]), formats=FORMATS)
+    if not cell.get("path"):
         raise ValueError("no image")
-    else:
-        path = os.path.abspath(os.path.join(folders[0], cell["path"]))
-        if not any(Path(path).is_relative_to(folder) for folder in folders):
-            raise ValueError("a file outside the data set's folder")
-        image = Image.open(path)
-    if image.format == "EPS":
-        raise ValueError("PostScript is a program, which Pillow would have Ghostscript run")
-    return image
-
+    path = os.path.abspath(os.path.join(folders[0], cell["path"]))
+    if not any(Path(path).is_relative_to(folder) for folder in folders):
+        raise ValueError("a file outside the data set's folder")
+    return Image.open(path, formats=FORMATS)
 
 def decode(cell, size, folders=("",)):
-    """A cell -> uint8 [3, size, size]: upright RGB, short side resized, centre-cropped.
-
-    What is transparent is laid on white. The white of gray images is 65535 where they have integers
-    of more than 8 bits, 1.0 where they have floats, or the brightest pixel if that is above.
-    """
+    """A cell -> uint8 [3, size, size]: upright RGB, short side resized, centre-cropped."""
     image = open_image(cell, folders)
+    if image.mode[0] in "IF":
+        raise ValueError("pixels of more than 8 bits, which PIL would clip at 255")
     image.draft("RGB", (size, size))  # JPEG: decode at 1/2, 1/4, 1/8 where that suffices
-    image.load()
-    with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the pixels
+    with suppress(Exception):  # a broken EXIF block is no reason to lose the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":  # 16 bits, 32 bits, floats: PIL would clip at 255 instead of scaling
-        deep = np.nan_to_num(np.asarray(image, np.float32), posinf=0).clip(0)
-        brightest = max(65535 if image.mode[0] == "I" else 1, deep.max())
-        image = Image.fromarray((deep * (255 / brightest)).round().astype(np.uint8))
-    if image.has_transparency_data:  # PIL would show the colour below
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
     image = image.convert("RGB")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
-
-def decode_chunk(cells, rows, size, folders):
-    """Cells and their rows -> images, the rows of these, and (row, file, reason) of the others."""
-    images, kept, bad = [], [], []
-    for row, cell in zip(rows.tolist(), cells, strict=True):
+def decode_chunk(cells, size, folders):
+    """Cells -> an image each, or in its place the reason why there is none."""
+    decoded = []
+    for cell in cells:
         try:
-            images.append(decode(cell, size, folders))
-            kept.append(row)
+            decoded.append(decode(cell, size, folders))
         except Exception as error:  # PIL raises nearly anything on hostile bytes
-            why = f"{type(error).__name__}: {error}".split(" <_io")[0]
-            bad.append((row, (cell or {}).get("path"), why))
-    return images, kept, bad
-
+            why = reason(error).split(" <_io")[0]
+            decoded.append(f"{(cell or {}).get('path')}: {why}")
+    return decoded
 
 class RowFile:
     """An array [I, ...] of bytes in a file: `file[rows]` is a tensor of some rows, in any thread.
-
-    Plain reads: a memory map faults page by page, which is ten times slower from a disk, and what
-    it has touched counts as the process's memory (results/first_version/cpu.txt).
-    """
-
+    A memory map is ten times slower from a cold disk (results/first_version/cpu.txt)."""
     def __init__(self, path, dtype, shape):
         self.path, self.dtype, self.shape = path, dtype, shape
         self.file, self.nbytes = open(path, "rb", buffering=0), math.prod(shape)
         if (size := path.stat().st_size) != self.nbytes:
-            raise UserError(f"{path} has {size} bytes, not {self.nbytes}: it is damaged; delete "
-                            f"the folder {path.parent}")
+            raise UserError(f"{path} has {size} bytes, not {self.nbytes}: delete {path.parent}")
 
-    def __getitem__(self, rows: np.ndarray) -> Tensor:
+    def __getitem__(self, rows):
         file, n = self.file.fileno(), self.nbytes // self.shape[0]
         content = bytearray().join([os.pread(file, n, row * n) for row in rows.tolist()])
         return torch.frombuffer(content, dtype=self.dtype).view(-1, *self.shape[1:])
@@ -306,57 +227,41 @@ class RowFile:
         content = torch.from_file(str(self.path), size=self.nbytes, dtype=self.dtype)
         return content.view(self.shape).to(device)
 
-
 class Store:
-    """Decoded images in a folder: images `uint8 [I, 3, S, S]`, labels `int64 [I]`, -1 for none.
-
-    rows: their positions in the source. split: its name. unreadable: (row, file, reason) of what
-    could not be read. fingerprint: of all that determines the images.
-    """
-
+    """Decoded images in a folder: images `uint8 [I, 3, S, S]`, labels `int64 [I]`, -1 for none."""
     def __init__(self, path):
         info = json.loads((path / "info.json").read_text())
-        self.path, self.split, self.unreadable = path, info["split"], info["unreadable"]
-        self.size, self.fingerprint = info["size"], path.name[-12:]
-        self.rows, self.labels = np.load(path / "rows.npy")
+        self.split, self.size = info["split"], info["size"]
+        self.labels, self.fingerprint = np.array(info["labels"]), path.name[-12:]
         shape = len(self), 3, self.size, self.size
         self.images = RowFile(path / "images.u8", torch.uint8, shape)
 
     def __len__(self):
-        return len(self.rows)
-
-    def __str__(self):
-        return f"{len(self)} images of {self.size} px, {len(self.unreadable)} unreadable"
-
+        return len(self.labels)
 
 def open_store(cfg, split, max_samples=0):
-    """The store of one split, built first if it is not there yet.
-
-    cfg: anything with the data fields of Config. split: a name, or "" for test, else validation.
-    The store is found again by a fingerprint of all that determines its pixels: of a Hub data set
-    its name, of a folder the names and sizes of its files. Raises UserError as `open_source`.
-    """
+    """The store of one split, built first if it is not there yet. A fingerprint of what determines
+    its pixels finds it again: of a Hub data set the name, of a folder its files' names and sizes.
+    Raises UserError as `open_source`."""
     content = cfg.dataset
     if content == "shapes":
         from demo.shapes import drawing
-
         content = drawing()
     elif content not in DATASETS and Path(content).is_dir():
         content = list_files(content)
-    what = [STORE_FORMAT, split, cfg.stored_size, max_samples, cfg.dataset_config,
-            cfg.image_column, content]
-    fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-    names = slug(cfg.dataset), slug(split or "test"), slug(cfg.label_column), fingerprint
-    path = Path(cfg.cache_dir) / "stores" / "-".join(filter(None, names))
-    make_once(path, functools.partial(build_store, cfg, split, max_samples))
+    largest = max(cfg.teacher_size, cfg.student_size)  # what the networks see
+    what = [STORE_FORMAT, split, largest, max_samples, cfg.dataset_config, cfg.image_column]
+    fingerprint = hashlib.sha256(json.dumps([*what, content]).encode()).hexdigest()[:12]
+    names = slug(cfg.dataset), slug(split), slug(cfg.label_column), fingerprint
+    path = Path(cfg.cache_dir) / "stores" / "-".join(names)
+    make_once(path, partial(build_store, cfg, split, max_samples, largest))
     try:
         return Store(path)
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({reason(error)}): delete it") from error
 
-
-def build_store(cfg, split, max_samples, path):
-    """Decode a split into a folder. The stored size is the median of 64 short sides, at most."""
+def build_store(cfg, split, max_samples, size, path):
+    """Decode a split into a folder, at `size` or the median of 64 short sides if that is less."""
     try:
         split, source, labels = open_source(cfg, split)
     except UserError:
@@ -367,57 +272,48 @@ def build_store(cfg, split, max_samples, path):
                str(datasets.config.HF_DATASETS_CACHE)]
     rows, sides = subset(np.arange(len(source)), max_samples), []
     for cell in source[subset(rows, 64)]["image"]:
-        with contextlib.suppress(Exception):  # counted and reported below
+        with suppress(Exception):  # counted and reported below
             sides.append(min(open_image(cell, folders).size))
-    size = min(cfg.stored_size, int(np.median(sides or cfg.stored_size)))
+    size = min(size, int(np.median(sides or size)))
     shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed
     check_space(path.parent, 3 * size**2 * len(rows), "--max_samples")
     path.mkdir()
-    parts, kept, bad = chunks(rows), [], []
-    jobs = ((source[part]["image"], part, size, folders) for part in parts)
+    parts, kept, bad = progress(chunks(rows), "decoding"), [], []
+    decoded = read_ahead(decode_chunk, ((source[part]["image"], size, folders) for part in parts))
     with open(path / "images.u8", "wb") as file:
-        for decoded in progress(read_ahead(decode_chunk, jobs), "decoding", len(parts)):
-            images, good, unreadable = decoded
-            file.writelines(images)
-            kept += good
-            bad += unreadable
+        for row, image in zip(rows.tolist(), chain.from_iterable(decoded), strict=True):
+            if isinstance(image, str):
+                bad.append((row, image))
+            else:
+                kept.append(row)
+                file.write(image)
         os.fsync(file.fileno())
     if not kept:
         raise UserError(f"dataset {cfg.dataset} {split} has no image that can be read {bad[:1]}")
-    np.save(path / "rows.npy", np.stack([kept, labels[kept]]))
-    (path / "info.json").write_text(json.dumps(dict(split=split, size=size, unreadable=bad)))
+    info = dict(split=split, size=size, labels=labels[kept].tolist(), unreadable=bad)
+    (path / "info.json").write_text(json.dumps(info))
     if bad:
-        log.warning(f"{len(bad)} of {len(rows)} images cannot be read and are left out, such as "
-                    f"{bad[0]}; {path}/info.json lists them")
-
+        log.warning(f"{len(bad)} of {len(rows)} images cannot be read, such as {bad[0]}")
 
 def subset(rows, count):
     """`count` random ones of `rows` (0 = all), in order, the same every time."""
     order = np.random.default_rng(0).permutation(rows)
     return np.sort(order[: count or None])
 
-
 def epoch_order(images, seed, epoch):
     """The images of an epoch, in order: a permutation from (seed, epoch)."""
     return np.random.default_rng([seed, ORDER, epoch]).permutation(images)
 
-
 def batch_rows(order, batch_size, rank=0, world=1):
-    """A process's share of each batch: int64 [batches, batch_size / world].
-
-    The last batch is filled up from the front.
-    """
+    """A process's share: int64 [batches, batch_size / world]; the last is filled from the front."""
     batches = -(-len(order) // batch_size)
     return np.resize(order, (batches, world, batch_size // world))[:, rank]
 
-
-def view_boxes(seed: int, view: int, images: int, crop_scale: float) -> Tensor:
-    """View `view` of every image: a random crop and flip, boxes float32 [I, 4].
-
-    The area is uniform from crop_scale to 1, the aspect ratio from 3/4 to 4/3, sides are clipped
-    to the image, and half of the boxes are mirrored (torchvision's RandomResizedCrop clips by
-    drawing again). Row i does not depend on the number of images.
-    """
+@lru_cache(2)
+def view_boxes(seed, view, images, crop_scale):
+    """View `view` of every image: a random crop and flip, boxes float32 [I, 4]. The area is uniform
+    from crop_scale to 1, the aspect ratio from 3/4 to 4/3, sides are clipped to the image, half of
+    the boxes are mirrored. Row i does not depend on the number of images."""
     random = np.random.default_rng([seed, VIEW, view]).random((images, 5), np.float32)
     area, ratio, x, y, side = torch.from_numpy(random).unbind(1)
     area, ratio = crop_scale + (1 - crop_scale) * area, (4 / 3) ** (2 * ratio - 1)
@@ -425,13 +321,10 @@ def view_boxes(seed: int, view: int, images: int, crop_scale: float) -> Tensor:
     x, y, mirrored = x * (1 - w), y * (1 - h), side < 0.5
     return torch.stack([torch.where(mirrored, x + w, x), y, torch.where(mirrored, -w, w), h], 1)
 
-
-def render(images: Tensor, boxes: Tensor | None, size: int) -> Tensor:
+def render(images, boxes, size):
     """Cut boxes out of stored images and resize them: float32 [B, 3, size, size] in [0, 1].
-
     images: uint8 [B, 3, S, S]. boxes: float [B, 4], None for whole images. Bicubic with
-    anti-aliasing, as PIL's `resize(box=...)`; separable, so two matrix products per image do it.
-    """
+    anti-aliasing, as PIL's `resize(box=...)`; separable, so two matrix products per image do it."""
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if boxes is None else boxes
     x, y, w, h = to_device(boxes, images.device).unbind(1)
     across = resize_matrix(x, w, size, images.shape[-1])
@@ -439,7 +332,6 @@ def render(images: Tensor, boxes: Tensor | None, size: int) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):
         pixels = images.float() / 255
         return (down[:, None] @ (pixels @ across[:, None].mT)).clamp_(0, 1)
-
 
 def resize_matrix(start, length, size, stored):
     """Weights [B, size, stored] of the stored pixels in each output pixel (Keys 1981, a = -0.5)."""
@@ -452,7 +344,6 @@ def resize_matrix(start, length, size, stored):
     weights = torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
     return weights / weights.sum(-1, keepdim=True)
 
-
 def to_device(tensor, device):
     """Move to a device; for CUDA by way of pinned memory, so that nothing waits for the copy."""
     if tensor is None or device.type == "cpu":
@@ -461,18 +352,13 @@ def to_device(tensor, device):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
-
-def quantise(targets: Tensor) -> Tensor:
-    """Targets float32 [B, T, D] -> codes int8 [B, T, D + 2].
-
-    The last two bytes of a token are its scale in float16.
-    """
+def quantise(targets):
+    """Targets float32 [B, T, D] -> codes int8 [B, T, D + 2], at the end a token's float16 scale."""
     scale = (targets.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-6).half()
     codes = (targets / scale.float()).round().clamp(-127, 127).to(torch.int8)
     return torch.cat([codes, scale.view(torch.int8)], -1)
 
-
-def dequantise(codes: Tensor) -> Tensor:
+def dequantise(codes):
     """Codes -> float32 [B, T, D], with a cosine above 0.9995 to targets as networks output them."""
     scale = codes[..., -2:].contiguous().view(torch.float16)
     return codes[..., :-2].float() * scale.float()

@@ -1,10 +1,8 @@
 """Networks: the frozen teacher, the student, the heads between them, the loss, and checkpoints.
 
-`load_teacher` and `build_student` return a `Backbone`: images in [0, 1] go in, a CLS embedding and
-a grid of patch embeddings come out, for DINOv2, other ViTs and conv nets alike. A `Head` brings
-both sides to one width; only its student side ever trains. `Distiller`, the objective, is student,
-heads and loss in one module; forks subclass it (examples/forks).
-
+`load_teacher` and `build_student` return a `Backbone`: images in [0, 1] -> a CLS embedding and
+patch embeddings. A `Head` brings both sides to one width; only its student side ever trains.
+`Distiller`, the objective, is student, heads and loss in one module (forks: examples/forks).
 Axes: B batch, N patches (row-major over the grid), T tokens, D width (Dt teacher's, Ds student's).
 
 DINOv2 (Oquab et al. 2023), registers (Darcet et al. 2023); the fixed, centred projection follows
@@ -12,8 +10,6 @@ PHI-S (Ranzinger et al. 2024), learned heads follow Proteus and UNIC (2024).
 """
 
 import ast
-import dataclasses
-import functools
 import hashlib
 import logging
 import math
@@ -23,6 +19,8 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,16 +34,15 @@ from config import Config, UserError, from_hub, reason, suggestion, validate, wr
 log = logging.getLogger("distill")
 
 TEACHERS = {  # the official names -> timm's
-    f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2.lvd142m"
-    for size in ("small", "base", "large", "giant")
-    for reg in ("", "_reg")
-}
+    f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{reg and '_reg4'}_dinov2.lvd142m"
+    for size in ("small", "base", "large", "giant") for reg in ("", "_reg")}
+TEACHERS["demo"] = "vit_small_patch14_dinov2"
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher.safetensors"
-DEMO_ARGS = dict(patch_size=8, embed_dim=96, depth=6, num_heads=6, init_values=1.0, img_size=32)
+TEACHER_ARGS = dict(  # of timm, where its own do not do
+    demo=dict(patch_size=8, embed_dim=96, depth=6, num_heads=6, init_values=1.0, img_size=32))
 WHITEN = dict(pca=0.5, frozen=0.0, linear=1.0)  # by head: targets are divided by std ** this
 TOKENS_PER_IMAGE = 8  # at most, of each term, that `Distiller.fit` uses
 FORMAT = 3  # version of the checkpoints' contents
-
 
 class Features(NamedTuple):
     """What a Backbone outputs: cls [B, D], patches [B, N, D], in the dtype of the forward."""
@@ -53,18 +50,14 @@ class Features(NamedTuple):
     cls: Tensor
     patches: Tensor
 
-
 class Backbone(nn.Module):
-    """A timm model behind one interface: images float [B, 3, S, S] in [0, 1] -> Features.
+    """A timm model behind one interface: images float [B, 3, S, S] in [0, 1] -> Features. cls is
+    the CLS token, or for pool "mean" and models without one the mean of the patches; patches are
+    in conv nets the places of the last feature map. Raises UserError for nets without a grid."""
 
-    The CLS embedding is the CLS token, or the mean of the patches for pool "mean" and for models
-    without a CLS token. The patches of a conv net are the positions of its last feature map.
-    Raises UserError for nets that output no square grid of patch embeddings.
-    """
-
-    def __init__(self, net: nn.Module, image_size: int, pool: str = "cls"):
+    def __init__(self, net, image_size, pool="cls"):
         super().__init__()
-        # In channels_last conv nets are up to a tenth faster. ViTs do not mind.
+        # Conv nets are up to a tenth faster in channels_last.
         self.net, self.image_size = net.eval().to(memory_format=torch.channels_last), image_size
         # ViTs that end in a mean apply their last norm, `fc_norm`, after forward_features.
         self.token_norm = getattr(net, "fc_norm", None) or nn.Identity()
@@ -79,12 +72,11 @@ class Backbone(nn.Module):
         self.outputs_tokens = x.ndim == 3  # else a feature map
         _, N, self.embed_dim = self.to_features(x).patches.shape
         self.grid = math.isqrt(N), math.isqrt(N)  # rows, columns
-        only_a_class = self.outputs_tokens and x.shape[1] == 1  # PiT
-        if N == 0 or math.prod(self.grid) != N or only_a_class:
-            raise UserError(f"it outputs {list(x.shape[1:])}, no square grid of patch embeddings; "
-                            "take a ViT, a Swin or a conv net")
+        least = 2 if self.outputs_tokens else 1  # PiT outputs a class token alone
+        if N < least or math.prod(self.grid) != N:
+            raise UserError(f"it outputs {list(x.shape[1:])}, no square grid of patch embeddings")
 
-    def to_features(self, x: Tensor) -> Features:
+    def to_features(self, x):
         """What the net's forward_features outputs -> Features."""
         if self.outputs_tokens:
             x = self.token_norm(x)
@@ -94,21 +86,17 @@ class Backbone(nn.Module):
         patches = x.flatten(1, 2) if channels_last else x.flatten(2).mT
         return Features(patches.mean(1), patches)
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images):
         normalised = (images - self.mean) / self.std  # by the model's own constants
         return self.to_features(self.net.forward_features(normalised))
 
     def __str__(self):
-        return (f"{self.parameter_count / 1e6:.2f} M parameters, {self.image_size} px, grid "
-                f"{self.grid}, width {self.embed_dim}")
-
+        millions = self.parameter_count / 1e6
+        return f"{millions:.2f} M parameters, {self.image_size} px, grid {self.grid}"
 
 def timm_arguments(name, image_size, arguments):
     """timm's arguments for an image size: transformers take it as img_size, conv nets take any.
-
-    Raises UserError for unknown names, and for sizes that the patch does not divide: timm would
-    silently drop the border.
-    """
+    Raises UserError for unknown names, and for sizes that leave a border outside all patches."""
     if not timm.is_model(name):  # timm would also take "hf-hub:owner/name"
         close = suggestion(name, [*TEACHERS, *timm.list_models()])
         raise UserError(f"not a model of timm {timm.__version__}{close}")
@@ -117,17 +105,13 @@ def timm_arguments(name, image_size, arguments):
     projection = getattr(getattr(net, "patch_embed", None), "proj", None)
     patch = getattr(projection, "stride", (1,))[0]
     if image_size % patch:
-        raise UserError(f"{image_size} px is not a multiple of the {patch} px patch, such as "
-                        f"{-(-image_size // patch) * patch}")
+        larger = -(-image_size // patch) * patch
+        raise UserError(f"{image_size} px is no multiple of the {patch} px patch, such as {larger}")
     return dict(arguments, img_size=image_size) if hasattr(net, "set_input_size") else arguments
 
-
 def load_net(name, weights, **arguments):
-    """A timm model with the weights of a local file, or for "" with timm's from the Hub.
-
-    Raises UserError: no network, a file that is damaged or not this model's.
-    """
-    create = functools.partial(timm.create_model, name, **arguments)
+    """A timm model with the weights of a file, or for "" of timm's on the Hub. Raises UserError."""
+    create = partial(timm.create_model, name, **arguments)
     if not weights:
         return from_hub(f"the weights of {name}", "--teacher_weights FILE", create, pretrained=True)
     try:
@@ -144,62 +128,43 @@ def load_net(name, weights, **arguments):
         raise UserError(f"{weights} does not fit {name}: {reason(error)}") from error
     return net
 
-
 def build_student(name: str, image_size: int, pool: str = "cls", weights: str = "",
                   **timm_kwargs) -> Backbone:
     """A student for image_size, with random weights (seed torch first) or those of a file.
-
-    Its attribute `arguments` holds all that timm needs to build it again.
-    """
+    Its attribute `arguments` holds all that timm needs to build it again."""
     arguments = timm_arguments(name, image_size, timm_kwargs)
-    load = functools.partial(load_net, weights=weights) if weights else timm.create_model
+    load = partial(load_net, weights=weights) if weights else timm.create_model
     student = Backbone(load(name, num_classes=0, **arguments), image_size, pool)
     student.arguments = arguments
     return student
 
-
 def student_of(cfg, weights=None):
     """The student of a config: with a checkpoint's weights, or as it is before training."""
     torch.manual_seed(cfg.seed)
-    start = "" if weights else cfg.student_weights
-    arguments = student_arguments(cfg.student_args)
-    student = build_student(cfg.student, cfg.student_size, cfg.pool, start, **arguments)
+    student = build_student(cfg.student, cfg.student_size, cfg.pool, cfg.student_weights,
+                            **student_arguments(cfg.student_args))
     if weights:
         student.net.load_state_dict(weights)
     return student
 
-
 def student_arguments(text):
-    """'depths=(2,2) weight_init=jax' -> {"depths": (2, 2), "weight_init": "jax"}, or UserError."""
+    """'depth=6 weight_init=jax' -> {"depth": 6, "weight_init": "jax"}."""
     arguments = {}
-    for item in re.split(r"[\s,]+(?![^(]*\))", text) if text else ():  # not inside parentheses
+    for item in filter(None, re.split(r"[\s,]+(?![^(]*\))", text)):  # not inside parentheses
         name, _, value = item.partition("=")
-        if not (name and value) or name.startswith(("pretrained", "checkpoint")):
-            raise UserError(f"--student_args {text!r}: write name=value, separated by spaces; "
-                            "weights are given by --student_weights")
+        if not value or name.startswith(("pretrained", "checkpoint")):
+            raise UserError("write name=value; weights are given by --student_weights")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             arguments[name] = value  # a word
     return arguments
 
-
-def teacher_spec(name):
-    """Teacher name -> timm name and arguments."""
-    if name == "demo":
-        return "vit_small_patch14_dinov2", DEMO_ARGS
-    return TEACHERS.get(name, name), {}
-
-
 def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
-    """The frozen teacher, in eval mode, for image_size; attribute fingerprint names its weights.
-
-    name: an official DINOv2 name, "demo", or any timm model. weights: a local file, .pth of the
-    official DINOv2 release or .pth / .safetensors of timm; "" takes timm's from the Hub.
-    DINOv2 features equal the official code's at every size: see `official_position_table`.
-    Raises UserError as `load_net`.
-    """
-    timm_name, arguments = teacher_spec(name)
+    """The frozen teacher, in eval mode; attribute fingerprint names its weights. Raises UserError.
+    name: an official DINOv2 name, "demo", or any timm model. weights: a file of the official
+    release or of timm, "" for the Hub. DINOv2 features equal the official code's at every size."""
+    timm_name, arguments = TEACHERS.get(name, name), TEACHER_ARGS.get(name, {})
     timm_arguments(timm_name, image_size, arguments)  # raises before anything is downloaded
     if name == "demo":
         weights = weights or str(DEMO_TEACHER)
@@ -217,66 +182,54 @@ def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     teacher.fingerprint = digest.hexdigest()[:12]
     return teacher
 
-
-def official_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """DINOv2's position table for another grid, as the official code resamples it.
-
-    table: [1, 1 + G * G, D] with the CLS position first. Returns [1, 1 + rows * columns, D]. The
-    official code for models without registers interpolates without anti-aliasing, by a scale factor
-    of (g + 0.1) / G in place of the size. timm passes the size and anti-aliases, which moves patch
-    tokens by up to 10% at 98 px. For models with registers the official code does as timm does.
-    """
+def official_position_table(table, grid):
+    """DINOv2's position table [1, 1 + G * G, D] on another grid, as the official code resamples it:
+    without anti-aliasing, by a factor of (g + 0.1) / G in place of the size. timm's way moves patch
+    tokens by up to 10% at 98 px. For models with registers the official code does as timm does."""
     G = math.isqrt(table.shape[1] - 1)
     if grid == (G, G):
         return table
     patches = table[:, 1:].mT.unflatten(2, (G, G))
-    factor = [(g + 0.1) / G for g in grid]
-    patches = F.interpolate(patches, scale_factor=factor, mode="bicubic")
+    patches = F.interpolate(patches, scale_factor=(grid[0] + 0.1) / G, mode="bicubic")
     return torch.cat([table[:, :1], patches.flatten(2).mT], 1)
 
-
-@functools.cache  # `parse` calls it, and `train.main` again
+@cache  # `parse` calls it, and `train.main` again
 def problems(cfg):
-    """What does not fit the models of a Config, found before anything is downloaded or written."""
-    found = []
+    """What is wrong with a Config, found before anything is downloaded or written."""
+    found = cfg.problems()
     for side in ("teacher", "student"):
         name, size = getattr(cfg, side), getattr(cfg, f"{side}_size")
         try:
-            timm_name, arguments = teacher_spec(name)
-            if side == "student":
-                timm_name, arguments = name, student_arguments(cfg.student_args)
-            with torch.device("meta"):
-                build_student(timm_name, size, **arguments)
+            device, arguments = "cpu", student_arguments(cfg.student_args)
+            if side == "teacher":
+                device, arguments = "meta", TEACHER_ARGS.get(name, {})
+            with torch.device(device):
+                net = build_student(TEACHERS.get(name, name), size, **arguments).train()
+                seen = net(torch.zeros(2, 3, size, size)).patches.shape[1]
+            if seen != math.prod(net.grid):  # with timm's patch_drop_rate, for one
+                raise UserError("in training it drops patch tokens")
         except Exception as error:  # timm models fail in many ways on what they do not take
             found.append(f"--{side} {name} at {size} px: {reason(error)}")
     return found
-
 
 def cosine_loss(student: Tensor, target: Tensor) -> Tensor:
     """Cosine distance of each token: (..., D), any float dtype -> float32 (...), in [0, 2]."""
     return 1 - F.cosine_similarity(student.float(), target.float(), dim=-1)
 
-
 def mse_loss(student: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of unit vectors, (2 - 2 cos) / D: (..., D) -> float32 (...).
-
-    The direction of the cosine loss, with gradients D / 2 times smaller.
-    """
-    difference = F.normalize(student.float(), dim=-1) - F.normalize(target.float(), dim=-1)
-    return difference.square().mean(-1)
-
+    """Mean squared difference of unit vectors: (..., D), any float dtype -> float32 (...).
+    That is (2 - 2 cos) / D, the cosine loss with gradients D / 2 times smaller."""
+    return cosine_loss(student, target) * 2 / student.shape[-1]
 
 LOSSES = dict(cosine=cosine_loss, mse=mse_loss)
 
-
-def resample_patches(patches: Tensor, grid: tuple, new_grid: tuple) -> Tensor:
+def resample_patches(patches, grid, new_grid):
     """Patch tokens [B, N, D] on one grid -> [B, N', D] on another, by position in the image."""
     if grid == new_grid:
         return patches
     maps = patches.float().mT.unflatten(2, grid)
     maps = F.interpolate(maps, size=new_grid, mode="bilinear", antialias=True)
     return maps.flatten(2).mT
-
 
 class Head(nn.Module):
     """Brings teacher and student to one width; nothing on the teacher's side ever trains.
@@ -286,16 +239,12 @@ class Head(nn.Module):
                dimensions and leaves the others zero. For ViTs.
       frozen   basis = random orthonormal axes.
       linear   basis = the identity.
-    Student: predict(features) is the identity for pca and frozen, and a trained map Ds -> Dt for
-    linear, thrown away afterwards. That is for conv nets: most end in a ReLU, so they cannot output
-    the negative values that centred targets need.
+    Student: predict(features) is the identity, and for linear a trained map Ds -> Dt: most conv
+    nets end in a ReLU, so they cannot output the negative values of centred targets.
 
-    The mean is removed because the features of all images share a large common part. The scale is
-    each dimension's standard deviation to the power `whiten`: a few principal axes hold most of the
-    variance and dominate the cosine; half whitening lets the others count (results/recipe).
-    """
-
-    def __init__(self, kind: str, student_dim: int, teacher_dim: int):
+    The mean is a large part that all images share. The scale is each dimension's standard deviation
+    to the power `whiten`, as a few principal axes would dominate the cosine (results/recipe)."""
+    def __init__(self, kind, student_dim, teacher_dim):
         super().__init__()
         self.kind, self.whiten = kind, WHITEN[kind]
         width, self.predict = student_dim, nn.Identity()
@@ -306,7 +255,7 @@ class Head(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     @torch.no_grad()
-    def fit(self, features: Tensor) -> None:
+    def fit(self, features):
         """Measure mean, axes and scale on teacher features float32 [n, Dt]. Deterministic."""
         self.mean.copy_(features.mean(0))
         if self.kind == "pca":
@@ -322,68 +271,54 @@ class Head(nn.Module):
         self.scale.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0) ** self.whiten)
 
     @torch.no_grad()
-    def target(self, features: Tensor) -> Tensor:
+    def target(self, features):
         """Teacher features (..., Dt) -> float32 targets (..., Ds), for linear (..., Dt)."""
         with torch.autocast(features.device.type, enabled=False):
             return (features.float() - self.mean) @ self.basis / self.scale
 
-    def extra_repr(self) -> str:
-        return f"{self.kind}, {len(self.mean)} -> {len(self.scale)}, whiten={self.whiten}"
+    def extra_repr(self):
+        return f"{self.kind}, width {len(self.scale)}, whiten={self.whiten}"
 
-
-# What is distilled: name -> function of Features that returns tokens [B, T, D]. Each term has a
-# Head, a weight in `Distiller.weights`, and a loss and a cosine in the log.
+# What is distilled: name -> function of Features that returns tokens [B, T, D].
 TERMS = dict(cls=lambda features: features.cls[:, None], patch=lambda features: features.patches)
-
 
 class Distiller(nn.Module):
     """The objective: student, a head for each term, and the loss, as one module.
-
-    A fork overrides what it changes and is passed to `train.main(cfg, objective=Fork)`. Whatever it
-    registers (parameters, buffers, modules) is saved in checkpoints and restored. torch is seeded
-    anew at every step, so random numbers drawn in a step are those of an undisturbed run.
-    """
+    A fork is a subclass: `train.main(cfg, objective=Fork)`. What it registers (parameters, buffers,
+    modules) is saved and restored. torch is seeded at every step: a continued run repeats it."""
 
     terms = TERMS
 
-    def __init__(self, student: Backbone, teacher: Backbone, cfg: Config):
+    def __init__(self, student, teacher, cfg):
         super().__init__()
         self.student, self.teacher_grid, self.cfg = student, teacher.grid, cfg
-        kind = cfg.head
-        if kind == "auto":
-            kind = "pca" if student.outputs_tokens else "linear"
+        kind = "pca" if student.outputs_tokens else "linear"
+        kind = kind if cfg.head == "auto" else cfg.head
         heads = {name: Head(kind, student.embed_dim, teacher.embed_dim) for name in self.terms}
         self.heads = nn.ModuleDict(heads)
         self.distance = LOSSES[cfg.loss]
         self.weights = dict(cls=cfg.cls_weight, patch=cfg.patch_weight)
 
-    def shared_view(self, images: Tensor, view: int, index: Tensor) -> Tensor:
+    def shared_view(self, images, view, index):
         """Augmentation that both networks see: images [B, 3, S, S] in [0, 1] -> the same.
-
-        view: number of the crop. index int64 [B]: positions of the images in the store, on the
-        CPU. Called at the teacher's size and at the student's. Targets are cached, so it may depend
-        on (cfg.seed, view, index) alone.
-        """
+        index int64 [B]: positions in the store, on the CPU. Called at the teacher's size and at the
+        student's. Targets are cached, so it may depend on (cfg.seed, view, index) alone."""
         return images
 
-    def student_view(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
+    def student_view(self, images, epoch, index):
         """Augmentation that only the student sees, after `shared_view`."""
         return images
 
-    def embed(self, backbone: Backbone, images: Tensor) -> Features:
-        """In training, student or teacher: images [B, 3, S, S] -> Features.
-
-        Evaluation calls the Backbone itself.
-        """
+    def embed(self, backbone, images):
+        """In training, of student or teacher: images [B, 3, S, S] -> Features."""
         return backbone(images)
 
-    def on_student_grid(self, features: Features) -> Features:
+    def on_student_grid(self, features):
         """The teacher's Features, every field [B, N, D] resampled to the student's grid."""
-        return features._make(
-            resample_patches(x, self.teacher_grid, self.student.grid) if x.ndim == 3 else x
-            for x in features)
+        grids = self.teacher_grid, self.student.grid
+        return features._make(resample_patches(x, *grids) if x.ndim == 3 else x for x in features)
 
-    def fit(self, teacher_features) -> None:
+    def fit(self, teacher_features):
         """Fit the heads on an iterable of the teacher's Features."""
         collected = {name: [] for name in self.terms}
         for features in map(self.on_student_grid, teacher_features):
@@ -395,50 +330,43 @@ class Distiller(nn.Module):
         for name, head in self.heads.items():
             head.fit(torch.cat(collected[name]))
 
-    def targets(self, features: Features) -> Tensor:
+    def targets(self, features):
         """The teacher's Features -> float32 targets [B, T, D], the terms one after the other."""
         features = self.on_student_grid(features)
         tokens = [self.heads[name].target(of(features)) for name, of in self.terms.items()]
         return torch.cat(tokens, 1)
 
-    def term_loss(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
+    def term_loss(self, name, prediction, target):
         """A term's predictions and targets [B, T, D] -> a scalar. The place for masks."""
         return self.distance(prediction, target).mean()
 
-    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images, targets):
         """The student's view [B, 3, S, S] and targets [B, T, D] -> (loss, scalars for the log)."""
         features = self.embed(self.student, images)
-        stats = dict(loss=0.0, target_similarity=mean_similarity(targets[:, 0]))
-        for name, tokens_of in self.terms.items():
-            prediction = self.heads[name].predict(tokens_of(features))
-            target, targets = targets.tensor_split([prediction.shape[1]], 1)
+        stats = dict(loss=0.0)
+        predictions = {name: self.heads[name].predict(tokens_of(features))
+                       for name, tokens_of in self.terms.items()}
+        each = targets.split([tokens.shape[1] for tokens in predictions.values()], 1)
+        for (name, prediction), target in zip(predictions.items(), each, strict=True):
             stats[name] = self.term_loss(name, prediction, target)
             stats["loss"] = stats["loss"] + self.weights[name] * stats[name]
             prediction = prediction.detach()
             stats[f"cos_{name}"] = 1 - cosine_loss(prediction, target).mean()
             stats.setdefault("similarity", mean_similarity(prediction[:, 0]))  # of the first term
-        if targets.shape[1] > 0:  # with timm's patch_drop_rate, for one
-            raise UserError(f"the student outputs {targets.shape[1]} tokens fewer than the targets "
-                            "have")
         return stats["loss"], stats
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step):
         """Called after every optimiser step: averages, queues."""
 
     @property
-    def evaluated(self) -> Backbone:
+    def evaluated(self):
         """What is evaluated and exported."""
         return self.student
 
-
-def mean_similarity(embeddings: Tensor) -> Tensor:
-    """Mean cosine of different images' embeddings [B, D]; near 1 all images are embedded alike.
-
-    The sum of all B^2 cosines is the squared length of the sum of the unit vectors.
-    """
+def mean_similarity(embeddings):
+    """Mean cosine of different images' embeddings [B, D]; near 1 all are alike: a collapse."""
     unit, B = F.normalize(embeddings.float(), dim=-1), len(embeddings)
     return (unit.sum(0).square().sum() - B) / max(B * (B - 1), 1)
-
 
 def save_checkpoint(path, run, step):
     """Write all that continues, evaluates or exports a run: tensors, numbers, text, no code."""
@@ -446,16 +374,12 @@ def save_checkpoint(path, run, step):
         format=FORMAT, step=step, epoch=step / run.steps_per_epoch, history=run.history,
         student=run.objective.evaluated.net.state_dict(), objective=run.objective.state_dict(),
         optimiser=run.optimiser.state_dict(), scaler=run.scaler.state_dict(), fixed=run.fixed,
-        config=dataclasses.asdict(run.cfg), commit=environment(run.device)["commit"])
-    write_atomically(path, functools.partial(torch.save, state))
-
+        config=asdict(run.cfg), commit=environment(run.device)["commit"])
+    write_atomically(path, partial(torch.save, state))
 
 def load_checkpoint(path):
     """What `save_checkpoint` wrote -> (its contents, its Config). Runs no code from the file.
-
-    A setting that the file lacks takes its default. Raises UserError when a bit has changed, and
-    for files of another program or version.
-    """
+    A setting that it lacks takes its default. Raises UserError for damaged and other files."""
     try:
         check_sums(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -465,19 +389,17 @@ def load_checkpoint(path):
         validate(cfg)
         if missing := vars(cfg).keys() - saved["config"].keys():
             log.warning(f"{path} lacks {', '.join(sorted(missing))}: the defaults are taken")
+    except FileNotFoundError:
+        raise
     except Exception as error:
-        raise UserError(f"{path} is not a checkpoint that can be used here, or it is damaged "
-                        f"({reason(error)}). Take another one; in training --no_resume moves its "
-                        "run aside and starts afresh") from error
+        raise UserError(f"{path} is no checkpoint of this version: {reason(error)}") from error
     return saved, cfg
-
 
 def check_sums(path):
     """Raise BadZipFile if bits have changed in what torch.save wrote; torch.load does not look."""
     with zipfile.ZipFile(path) as file:
         if bad := file.testzip():
             raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
-
 
 def pick_device(name):
     """auto: a CUDA GPU, else an Apple one, else the CPU. To be called before models are made."""
@@ -491,7 +413,6 @@ def pick_device(name):
     timm.layers.set_fused_attn(name != "cpu")
     return torch.device(name)
 
-
 def pick_dtype(precision, device):
     """auto: bf16 where the hardware multiplies it, fp16 on older GPUs, else float32."""
     if precision == "auto" and device.type == "cuda":
@@ -502,11 +423,9 @@ def pick_dtype(precision, device):
         precision = "bf16" if fast else "fp32"
     return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
 
-
 def autocast(device, dtype):
     """Mixed precision in `dtype`, nothing for float32. It can be entered again, but not nested."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
 
 def peak_memory(device):
     """Most memory in use so far, in GB: of the GPU, or on a CPU of the process."""
@@ -515,13 +434,12 @@ def peak_memory(device):
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-
-@functools.cache
+@cache
 def environment(device):
     """What results depend on: versions, device, and the git commit, "-dirty" if changed since."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    describe = "git -C {} describe --always --dirty --abbrev=40 --exclude='*'"
     folder = shlex.quote(str(Path(__file__).parent))
-    failed, commit = subprocess.getstatusoutput(
-        f"git -C {folder} describe --always --dirty --abbrev=40 --exclude='*'")
+    failed, commit = subprocess.getstatusoutput(describe.format(folder))
     return dict(torch=torch.__version__, timm=timm.__version__, device=name,
                 commit="unknown" if failed else commit)

@@ -72,7 +72,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
             "--student vit_smal_patch16_224 --cls_weight 0 --patch_weight 0")
     with pytest.raises(UserError) as error:
         parse(Config, argv.split(), model.problems)
-    for expected in ("cifar10", "--epochs", "here it is --lr", "cosine", "--lr fast",
+    for expected in ("cifar10", "--epochs", "did you mean --lr", "cosine", "--lr fast",
                      "vit_small_patch16_224", "nothing would be learned"):
         assert expected in str(error.value)
 
@@ -98,6 +98,8 @@ def test_help_spells_flags_as_they_are(capsys):
     (dict(student_size=100), "multiple of"),
     (dict(teacher="dinov2_vitb14", teacher_size=96), "such as 98"),
     (dict(student_args="depth"), "name=value"),
+    (dict(student_args="patch_drop_rate=0.5"), "drops patch tokens"),
+    (dict(student_args="drop_path_rate=2"), "bernoulli"),
     (dict(student_args="depht=6"), "depht"),
     (dict(student="pit_ti_224", student_size=224, student_args=""), "no square grid"),
 ])
@@ -405,15 +407,15 @@ def test_the_run_folder_holds_what_it_should(tiny):
     cfg = tiny(epochs=3, save_every=3, student="resnet18", student_args="", pool="mean")
     train.main(cfg)
     assert {path.name for path in cfg.run_path.iterdir()} == {
-        "config.json", "train.log", "metrics.jsonl", "views.png", "student.safetensors",
-        "checkpoint_latest.pth", "checkpoint_epoch_1.pth", "checkpoint_epoch_3.pth"}
+        "config.json", "train.log", "metrics.jsonl", "student.safetensors", "checkpoint_latest.pth",
+         "checkpoint_epoch_1.pth", "checkpoint_epoch_3.pth"}
     assert Config(**json.loads((cfg.run_path / "config.json").read_text())) == cfg
     lines = metrics(cfg)
     assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
     assert {"loss", "cos_cls", "similarity", "lr", "seconds", "memory_gb"} <= lines[0].keys()
     # The exported student is a plain timm model.
     with safetensors.safe_open(cfg.run_path / "student.safetensors", "pt") as file:
-        assert file.metadata()["model"] == "resnet18"
+        assert json.loads(file.metadata()["student"])["model"] == "resnet18"
     plain = timm.create_model("resnet18", num_classes=0)
     plain.load_state_dict(safetensors.torch.load_file(cfg.run_path / "student.safetensors"))
 
@@ -458,7 +460,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
         return inner(student, target) * (float("nan") if len(calls) > 14 else 1)
 
     monkeypatch.setitem(model.LOSSES, "cosine", breaks)
-    with pytest.raises(UserError, match="between steps 6 and 8"):
+    with pytest.raises(UserError, match="before step 8"):
         train.main(cfg)
     kept = torch.load(latest(cfg), weights_only=True)
     assert kept["step"] == 5 and all(v.isfinite().all() for v in kept["student"].values())
@@ -517,19 +519,8 @@ def test_a_change_of_code_does_not_meet_old_targets(tiny, tmp_path, monkeypatch,
         self.basis.copy_(self.basis.flip(1))
 
     monkeypatch.setattr(model.Head, method, changed)
-    with pytest.raises(UserError, match="holds other targets .cosine"):
+    with pytest.raises(UserError, match="holds other targets"):
         train.main(dataclasses.replace(cfg, resume=False))
-
-
-def test_a_view_that_was_filled_in_part_is_continued_to_the_same_bytes(tiny, tmp_path):
-    cfg = tiny(teacher_views=1, cache_dir=str(tmp_path / "cache"))
-    train.main(cfg)
-    (file,) = (tmp_path / "cache" / "targets").glob("*/view_0.i8")
-    expected, after = weights(cfg), file.read_bytes()
-    file.with_name("view_0.i8.part").write_bytes(after[: len(after) * 7 // 8 - 5])
-    file.unlink()
-    train.main(dataclasses.replace(cfg, resume=False))
-    assert same(expected, weights(cfg)) and file.read_bytes() == after
 
 
 def test_a_file_of_a_wrong_size_is_refused_as_such(tiny, tmp_path):
@@ -538,14 +529,14 @@ def test_a_file_of_a_wrong_size_is_refused_as_such(tiny, tmp_path):
     for path in ("targets/*/view_0.i8", "stores/shapes-train*/images.u8"):
         (file,) = (tmp_path / "cache").glob(path)
         os.truncate(file, file.stat().st_size - 1)
-        with pytest.raises(UserError, match="bytes, not .*: it is damaged; delete the folder"):
+        with pytest.raises(UserError, match="bytes, not .*: delete"):
             train.main(dataclasses.replace(cfg, resume=False))
 
 
 def test_a_cache_that_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
     data.open_store(tiny(), "train", 80)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=5000)))
-    with pytest.raises(UserError, match="smaller --teacher_views"):
+    with pytest.raises(UserError, match="do not fit into .*--teacher_views"):
         train.main(tiny(teacher_views=9, epochs=10, seed=9))
 
 

@@ -7,16 +7,10 @@
 
 The teacher embeds a few views (crops) of every image once, into a cache. Each step then cuts one
 view out of each image of a batch, embeds it with the student, and pulls the student's embeddings
-towards the teacher's. The same command continues an interrupted run, to the same weights.
-
-Writes into the run folder: config.json, train.log, metrics.jsonl, views.png, checkpoint_latest.pth,
-checkpoint_epoch_N.pth, and at the end student.safetensors, which plain timm loads.
+towards the teacher's. The same command continues an interrupted run, to the same weights. Writes
+config.json, train.log, metrics.jsonl, checkpoints, and student.safetensors, which timm loads.
 """
 
-import contextlib
-import dataclasses
-import datetime
-import functools
 import hashlib
 import json
 import logging
@@ -24,18 +18,19 @@ import math
 import os
 import signal
 import sys
-import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from time import monotonic, time_ns
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
-from torchvision.utils import save_image
+from timm.optim import param_groups_weight_decay
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import data
 import eval as evaluation
@@ -43,19 +38,16 @@ import model as models
 from config import Config, EvalConfig, UserError, cli, reason, validate, write_atomically
 from model import Distiller, environment
 
-BETAS = 0.9, 0.999  # AdamW's
 STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
 SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
-COLLAPSED, DIVERSE = 0.95, 0.8  # warn above this similarity of embeddings, below that of targets
 CHECKED, SAME = 16, 0.99  # cached targets that are compared with live ones; their least cosine
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
 log = logging.getLogger("distill")
 
-
-def learning_rate(step, steps_per_epoch, cfg: Config) -> float:
+def learning_rate(step, steps_per_epoch, cfg):
     """Linear warm-up, then half a cosine from cfg.lr to 0."""
     total = cfg.epochs * steps_per_epoch
     warmup = min(int(cfg.warmup_epochs * steps_per_epoch), total // 5)
@@ -63,35 +55,27 @@ def learning_rate(step, steps_per_epoch, cfg: Config) -> float:
         return cfg.lr * (step + 1) / warmup
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
-
 def parameter_groups(module, weight_decay):
     """Decay for matrices and kernels; none for biases and norms (1-D), nor for tokens (3-D)."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim in (2, 4)]
-    others = [p for p in parameters if p.ndim not in (2, 4)]
-    return [dict(params=others, weight_decay=0.0), dict(params=decayed, weight_decay=weight_decay)]
-
+    tokens = [name for name, p in module.named_parameters() if p.ndim == 3]
+    return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=tokens)
 
 class Run:
-    """What the loop works with. Objective, optimiser and scaler are state, the rest is from cfg.
-
-    images: uint8 [I, 3, S, S]. targets: with a cache, codes int8 [I, T, D + 2] for each view. Both
-    are read from files, or are on the GPU where they fit.
-    """
-
+    """What the loop works with. images: uint8 [I, 3, S, S]. targets: for each cached view, codes
+    int8 [I, T, D + 2]. Both are read from files, or are on the GPU where they fit."""
     def __init__(self, cfg, objective, device, rank, world):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.dtype = models.pick_dtype(cfg.precision, device)
         self.autocast = models.autocast(device, self.dtype)
+        teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
+        self.teacher = teacher.to(device)  # None once its targets are cached
         self.store = data.open_store(cfg, cfg.train_split, cfg.max_samples)
         self.images, self.targets = self.store.images, []
         self.steps_per_epoch = -(-len(self.store) // cfg.batch_size)
         self.total_steps = cfg.epochs * self.steps_per_epoch
-        teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
-        self.teacher = teacher.to(device)  # None once its targets are cached
         self.objective = objective(models.student_of(cfg).train(), teacher, cfg).to(device)
         groups = parameter_groups(self.objective, cfg.weight_decay)
-        self.optimiser = torch.optim.AdamW(groups, lr=cfg.lr, betas=BETAS, fused=True)
+        self.optimiser = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.bench = evaluation.Bench(cfg, *QUICK_EVAL) if cfg.eval_every and rank == 0 else None
         self.history = []  # the lines of metrics.jsonl
@@ -99,21 +83,19 @@ class Run:
         self.fixed = dict(objective=objective.__qualname__, images=self.store.fingerprint,
                           weights=teacher.fingerprint, **cfg.settings(free=False))
 
-    def boxes(self, view):
-        return data.view_boxes(self.cfg.seed, view, len(self.store), self.cfg.crop_scale)
-
+    def view(self, images, view, index, size):
+        """A view of stored images [B, 3, S, S], as both networks see it: [B, 3, size, size]."""
+        boxes = data.view_boxes(self.cfg.seed, view, len(self.store), self.cfg.crop_scale)[index]
+        return self.objective.shared_view(data.render(images, boxes, size), view, index)
 
 def start(run):
-    """Restore the last checkpoint or fit the heads; cache targets. Returns the step to begin at.
-
-    Nothing of the run is written before its settings, data and teacher are known to agree.
-    """
+    """Restore the last checkpoint or fit the heads; cache targets. Returns the step to begin at."""
     cfg, path, saved = run.cfg, run.cfg.run_path, None
     latest = path / "checkpoint_latest.pth"
     if run.rank == 0 and cfg.resume and latest.exists():
         saved, _ = models.load_checkpoint(latest)
-        refuse_changes(f"{path} holds a run with other settings; choose another --run_dir, or "
-                       "--no_resume to move it aside", saved["fixed"], run.fixed)
+        refuse_changes(f"{path} holds a run with other settings; see --run_dir and --no_resume",
+                       saved["fixed"], run.fixed)
     if run.world > 1:
         shared = [saved, run.fixed]
         dist.broadcast_object_list(shared, 0)
@@ -121,9 +103,9 @@ def start(run):
         refuse_changes("all processes need the same command and images", of_rank_0, run.fixed)
     if run.rank == 0:
         if path.exists() and not cfg.resume:
-            path.rename(f"{path}.old-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}")
+            path.rename(f"{path}.old-{time_ns()}")
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+        (path / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
     open_log(run)
     if saved:
         restore(run, saved)
@@ -133,22 +115,17 @@ def start(run):
         for buffer in run.objective.heads.buffers() if run.world > 1 else ():
             dist.broadcast(buffer, 0)
     compile_networks(run)
-    if run.rank == 0:
-        save_views(run)
     step = saved["step"] if saved else 0
     if cfg.teacher_views and step < run.total_steps:
         cache_targets(run, cache_folder(run))
-    run.logged_at = run.saved_at = time.monotonic()
+    run.logged_at = run.saved_at = monotonic()
     return step
-
 
 def refuse_changes(message, before, now):
     """Raise UserError with the settings that differ, if any do."""
-    changed = [f"\n  - {name}: {before.get(name)!r}, now {value!r}" for name, value in now.items()
-               if before.get(name) != value]
-    if changed:
+    if changed := [f"\n  - {name}: {before.get(name)!r}, now {value!r}"
+                   for name, value in now.items() if before.get(name) != value]:
         raise UserError(message + "".join(changed))
-
 
 def open_log(run):
     """Log to the terminal and to train.log, from rank 0 alone; begin with what the run is."""
@@ -157,9 +134,8 @@ def open_log(run):
     if run.rank == 0:
         log.addHandler(logging.FileHandler(run.cfg.run_path / "train.log"))
     log.info(f"{run.cfg}\n{environment(run.device)}, {run.dtype}, {run.world} processes\n"
-             f"{run.store}, {run.steps_per_epoch} steps/epoch\n"
+             f"{len(run.store)} images of {run.store.size} px, {run.steps_per_epoch} steps/epoch\n"
              f"teacher: {run.teacher}\nstudent: {run.objective.student}")
-
 
 def restore(run, saved):
     """Take over what a checkpoint holds."""
@@ -172,22 +148,9 @@ def restore(run, saved):
     if saved["commit"] != environment(run.device)["commit"]:
         log.warning(f"the checkpoint was written at commit {saved['commit']}")
 
-
-def save_views(run):
-    """views.png: eight images as they are stored, and as the student sees them at first."""
-    rows = data.epoch_order(len(run.store), run.cfg.seed, 0)[:8]
-    images = run.store.images[rows]
-    seen = student_pixels(run, images, run.boxes(0)[rows], 0, 0, torch.from_numpy(rows))
-    shown = torch.cat([data.render(images, None, run.cfg.student_size), seen])
-    save_image(F.interpolate(shown, 128), run.cfg.run_path / "views.png")
-
-
 def compile_networks(run):
-    """torch.compile in place, so that names stay plain; eager where nothing can compile.
-
-    On CUDA the student's step becomes CUDA graphs: launching its small kernels takes longer than
-    running them (results/first_version/h100.txt).
-    """
+    """torch.compile in place, so that names stay plain; eager where nothing can compile. On CUDA
+    the student's step becomes CUDA graphs (results/first_version/h100.txt)."""
     cuda = run.device.type == "cuda"
     if run.cfg.compile == "on" or (run.cfg.compile == "auto" and cuda):
         try:
@@ -199,7 +162,6 @@ def compile_networks(run):
         for block in getattr(run.teacher.net, "blocks", []):
             block.compile(dynamic=False)
 
-
 def cache_folder(run):
     """The folder of the cached targets: its name is a hash of what determines them."""
     cfg, objective = run.cfg, run.objective
@@ -210,38 +172,33 @@ def cache_folder(run):
     digest = hashlib.sha256(str(key).encode()).hexdigest()
     return Path(cfg.cache_dir) / "targets" / digest[:12]
 
-
 def cache_targets(run, folder):
-    """Fill `run.targets`, unless an earlier run has filled the cache, and drop the teacher.
-
-    The cache belongs to one version of the heads, which is stored with it and taken over here. Its
-    name does not depend on the code that computes targets: some are compared with the teacher's of
-    now. Raises UserError where they differ.
-    """
+    """Fill `run.targets`, unless an earlier run has filled the cache, and drop the teacher. The
+    heads are stored with the cache. As the code may have changed since, some targets are compared
+    with those of now. Raises UserError where they differ."""
     rows = np.arange(CHECKED) % len(run.store)
     # By this run's own heads, before those of the cache replace them: the check covers both.
     expected = run.objective.targets(next(embed_stored(run, 0, [rows])))
     heads = folder / "heads.safetensors"
-    data.make_once(heads, functools.partial(write_heads, run))
+    buffers = {name: value.cpu() for name, value in run.objective.heads.named_buffers()}
+    data.make_once(heads, partial(save_file, buffers))
     run.objective.heads.load_state_dict(load_file(heads), strict=False)
 
     shape = len(run.store), expected.shape[1], expected.shape[2] + 2
     files = [folder / f"view_{v}.i8" for v in range(min(run.cfg.teacher_views, run.cfg.epochs))]
     need = math.prod(shape) * sum(not file.exists() for file in files)
-    need -= sum(part.stat().st_size for part in folder.glob("*.part"))
-    log.info(f"target cache {folder}: {len(files)} views, {need / 1e9:.2f} GB to be filled")
-    data.check_space(folder, need, "--teacher_views, of which 0 makes no cache")
+    log.info(f"target cache {folder}: {need / 1e9:.2f} GB to be filled")
+    data.check_space(folder, need, "--teacher_views")
     first = len(files) * run.rank // run.world  # processes begin with different views
-    for view in [*range(first, len(files)), *range(first)]:
-        fill = functools.partial(fill_view, run, view, math.prod(shape[1:]))
-        data.make_once(files[view], fill)
+    for view in np.roll(range(len(files)), -first):
+        data.make_once(files[view], partial(fill_view, run, view))
     run.targets = [data.RowFile(file, torch.int8, shape) for file in files]
 
     cached, expected = data.dequantise(run.targets[0][rows]), expected.cpu()
-    cos = F.cosine_similarity(cached.mT.flatten(0, 1), expected.mT.flatten(0, 1), dim=0)
-    if (cos < SAME).logical_and(expected.any(2).any(0)).any():  # of each place, but for zeros
-        raise UserError(f"the target cache {folder} holds other targets (cosine {cos.min():.3f} to "
-                        "those of now): the program has changed since; delete that folder")
+    # Squared distances of each token place, over all checked images: 2 - 2 cos of unit vectors.
+    distance, length = [x.square().sum((0, 2)) for x in (cached - expected, expected)]
+    if (distance > 2 * (1 - SAME) * length).any():
+        raise UserError(f"{folder} holds other targets than those of the code now: delete it")
     run.teacher = None
     log.info("all targets are cached: the teacher is dropped")
     if run.device.type == "cuda":
@@ -250,46 +207,24 @@ def cache_targets(run, folder):
         if sum(file.nbytes for file in files) < DEVICE_SHARE * torch.cuda.mem_get_info()[0]:
             run.images, *run.targets = [file.to(run.device) for file in files]
 
-
-def write_heads(run, path):
-    buffers = {name: value.cpu() for name, value in run.objective.heads.named_buffers()}
-    write_atomically(path, functools.partial(save_file, buffers))
-
-
-def fill_view(run, view, row_bytes, path):
-    """Write the codes of all images of a view, after those that an interrupted run has written."""
-    with open(path, "ab") as file:
-        # Whole chunks: a continued view is embedded in the same batches, and so to the same bits.
-        done = file.tell() // (row_bytes * data.CHUNK) * data.CHUNK
-        file.truncate(done * row_bytes)
-        parts = data.chunks(np.arange(done, len(run.store)))
+def fill_view(run, view, path):
+    """Write the codes of all images of a view."""
+    parts = data.chunks(np.arange(len(run.store)))
+    with open(path, "wb") as file:
         for features in embed_stored(run, view, parts, f"targets of view {view}"):
             file.write(data.quantise(run.objective.targets(features)).cpu().numpy().tobytes())
-        os.fsync(file.fileno())
-
 
 def embed_stored(run, view, parts, title=None):
     """Yield the teacher's Features of a view of stored images, for each of some parts of rows."""
-    boxes = run.boxes(view)
     for images, _, index in data.progress(batches(run, parts), title, len(parts)):
-        yield embed_view(run, images, boxes[index], view, index)
-
+        yield embed_view(run, images, view, index)
 
 @torch.inference_mode()
-def embed_view(run, images: Tensor, boxes: Tensor, view, index: Tensor):
+def embed_view(run, images, view, index):
     """The teacher's Features of a view of stored images [B, 3, S, S] on the device."""
-    pixels = data.render(images, boxes, run.cfg.teacher_size)
-    pixels = run.objective.shared_view(pixels, view, index)
+    pixels = run.view(images, view, index, run.cfg.teacher_size)
     with run.autocast:
         return run.objective.embed(run.teacher, pixels)
-
-
-def student_pixels(run, images: Tensor, boxes: Tensor, view, epoch, index: Tensor) -> Tensor:
-    """The same view at the student's size: float32 [B, 3, S, S]."""
-    pixels = data.render(images, boxes, run.cfg.student_size)
-    pixels = run.objective.shared_view(pixels, view, index)
-    return run.objective.student_view(pixels, epoch, index)
-
 
 def batches(run, parts, codes=None):
     """Yield images and codes (or None) on the device, and their index int64 [B], part by part."""
@@ -302,21 +237,20 @@ def batches(run, parts, codes=None):
         for images, some, index in data.read_ahead(read_rows, reads):
             yield data.to_device(images, run.device), data.to_device(some, run.device), index
 
-
 def read_rows(images, codes, rows):
     return images[rows], None if codes is None else codes[rows], torch.from_numpy(rows)
 
-
-def train_step(run, images, codes, boxes, index, epoch, view, step) -> dict[str, Tensor]:
-    """One step on stored images [B, 3, S, S] and their boxes [B, 4]; returns its statistics."""
+def train_step(run, images, codes, index, epoch, view, step):
+    """One step on stored images [B, 3, S, S] and cached targets, or None; returns statistics."""
     cfg, objective, optimiser, scaler = run.cfg, run.objective, run.optimiser, run.scaler
     # Dropout, masks and the like follow from the step: a continued run repeats them.
     torch.manual_seed(cfg.seed * 2**32 + step * run.world + run.rank)
     if codes is None:
-        targets = objective.targets(embed_view(run, images, boxes, view, index))
+        targets = objective.targets(embed_view(run, images, view, index))
     else:
         targets = data.dequantise(codes)
-    pixels = student_pixels(run, images, boxes, view, epoch, index)
+    pixels = run.view(images, view, index, cfg.student_size)
+    pixels = objective.student_view(pixels, epoch, index)
 
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(step, run.steps_per_epoch, cfg)
@@ -334,25 +268,17 @@ def train_step(run, images, codes, boxes, index, epoch, view, step) -> dict[str,
     # Copies: the next replay of a CUDA graph overwrites what this one returned.
     return {name: value.detach().clone() for name, value in (stats | dict(norm=norm)).items()}
 
-
 def average_gradients(module, world):
-    """Mean gradients over all processes, by one all-reduce.
-
-    In place of DistributedDataParallel, which rules out CUDA graphs.
-    """
+    """Over all processes, by one all-reduce: DistributedDataParallel rules out CUDA graphs."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
+    flat = parameters_to_vector(gradients) / world
     dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
-
+    vector_to_parameters(flat, gradients)
 
 def report(run, step, recent):
-    """Average the statistics of recent steps, check and log them; at an epoch's end evaluate.
-
-    Here, and nowhere else in a step, the host waits for the GPU.
-    """
-    cfg, seconds = run.cfg, time.monotonic() - run.logged_at
+    """Average, check and log the statistics of recent steps; evaluate at an epoch's end.
+    Here alone the host waits for the GPU."""
+    cfg, seconds = run.cfg, monotonic() - run.logged_at
     run.logged_at += seconds
     means = torch.stack([torch.stack(list(stats.values())) for stats in recent]).mean(0) / run.world
     if run.world > 1:
@@ -363,80 +289,61 @@ def report(run, step, recent):
                  images_per_s=len(recent) * cfg.batch_size / max(seconds, 1e-9),
                  seconds=seconds + sum(last["seconds"] for last in run.history[-1:]))
     if not math.isfinite(line["loss"]):
-        raise UserError(f"loss {line['loss']} between steps {step - len(recent)} and {step}: try a "
-                        "lower --lr or --precision fp32; the last checkpoint is good")
+        raise UserError(f"loss {line['loss']} before step {step}: lower --lr, or --precision fp32")
     run.history.append(line)
     if run.rank > 0:
         return
-    log.info(" ".join(f"{name} {value:.4g}" for name, value in line.items()))
-    alike = line.get("similarity", 0) > COLLAPSED and line.get("target_similarity", 1) < DIVERSE
-    if alike and step > run.total_steps / 5:  # before, it has only just begun
-        log.warning("the student embeds nearly all images alike: a collapse. Try a lower --lr, or "
-                    "a longer --warmup_epochs")
     if cfg.eval_every and line["epoch"] % cfg.eval_every == 0:
         quick = run.bench.evaluate(*run.bench.features(run.objective.evaluated), probe=False)
         line |= {f"test_{name}": value for name, value in quick.items()}
-        log.info("test: " + " ".join(f"{name} {value:.4g}" for name, value in quick.items()))
         run.objective.student.train()
-        run.logged_at = time.monotonic()
+        run.logged_at = monotonic()
+    log.info(" ".join(f"{name} {value:.4g}" for name, value in line.items()))
     lines = "".join(json.dumps(line) + "\n" for line in run.history)
     write_atomically(cfg.run_path / "metrics.jsonl", lambda path: path.write_text(lines))
-
 
 def save(run, step, stopping):
     """Write checkpoint_epoch_N.pth if it is to be kept, then checkpoint_latest.pth if it is due."""
     cfg, epoch = run.cfg, step / run.steps_per_epoch
-    kept = step == run.total_steps
-    if cfg.save_every:
-        kept = kept or epoch == 1 or epoch % cfg.save_every == 0
+    kept = epoch in (1, cfg.epochs) or (cfg.save_every and epoch % cfg.save_every == 0)
     if kept:
         models.save_checkpoint(cfg.run_path / f"checkpoint_epoch_{epoch:g}.pth", run, step)
-    if kept or stopping or time.monotonic() - run.saved_at > SAVE_SECONDS:
+    if kept or stopping or monotonic() - run.saved_at > SAVE_SECONDS:
         models.save_checkpoint(cfg.run_path / "checkpoint_latest.pth", run, step)
-        run.saved_at = time.monotonic()
-
+        run.saved_at = monotonic()
 
 def export(run):
     """student.safetensors: weights under timm's names; the metadata states how to use them."""
     cfg, student = run.cfg, run.objective.evaluated
-    arguments = json.dumps(run.objective.student.arguments, default=str)
-    about = dict(model=cfg.student, args=arguments, image_size=str(cfg.student_size),
-                 mean=str(student.mean.flatten().tolist()), std=str(student.std.flatten().tolist()),
-                 pool=cfg.pool, teacher=cfg.teacher, commit=environment(run.device)["commit"])
+    how = dict(model=cfg.student, args=run.objective.student.arguments, pool=cfg.pool,
+               image_size=cfg.student_size, mean=student.mean.flatten().tolist(),
+               std=student.std.flatten().tolist())
+    about = dict(student=json.dumps(how, default=str))
     weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
     write_atomically(cfg.run_path / "student.safetensors",
                      lambda path: save_file(weights, path, about))
 
-
-@contextlib.contextmanager
+@contextmanager
 def processes(cfg):
     """Lock the run folder, join torchrun's process group if there is one -> device, rank, world."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, backend = models.pick_device(cfg.device), "gloo"
     if device.type == "cuda":
-        gpus = torch.cuda.device_count()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus)
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), None
         torch.cuda.set_device(device)
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus:  # NCCL: a GPU for each process
-            backend = "cpu:gloo,cuda:nccl"
-    if world > 1:  # a day: another process may be decoding, or filling the cache
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if world > 1:
+        dist.init_process_group(backend)
     path = cfg.run_path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = contextlib.nullcontext()
     try:
-        if rank == 0:
-            lock = FileLock(f"{path}.lock").acquire(timeout=0)
+        with FileLock(f"{path}.lock", timeout=0) if rank == 0 else nullcontext():
+            yield device, rank, world
     except Timeout:
-        raise UserError(f"another process is training in {path}: choose another --run_dir, or wait "
-                        "for it") from None
-    with lock:
-        yield device, rank, world
-        if world > 1:
-            dist.destroy_process_group()
+        raise UserError(f"another process is training in {path}") from None
+    if world > 1:
+        dist.destroy_process_group()
 
-
-@contextlib.contextmanager
+@contextmanager
 def received_signals():
     """Yield a list that collects SIGINT and SIGTERM, in place of ending the process."""
     received, numbers = [], (signal.SIGINT, signal.SIGTERM)
@@ -446,7 +353,6 @@ def received_signals():
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
 
 def must_stop(run, step, received):
     """Whether to stop after this step; all processes return the same."""
@@ -458,26 +364,22 @@ def must_stop(run, step, received):
     dist.all_reduce(flag)
     return bool(flag)
 
-
 def main(cfg: Config, objective=Distiller) -> dict:
     """Train; returns the last metrics, with eval_at_end also the evaluation's rows.
-
-    Raises UserError for what the user can fix, SystemExit(128 + signal) when stopped.
-    """
-    validate(cfg, Config.problems, models.problems)
+    Raises UserError for what the user can fix, SystemExit(128 + signal) when stopped."""
+    validate(cfg, models.problems)
     with processes(cfg) as (device, rank, world):
         run = Run(cfg, objective, device, rank, world)
         step, recent = start(run), []
         with received_signals() as received:
             for epoch in range(step // run.steps_per_epoch, cfg.epochs):
                 view = epoch % cfg.teacher_views if run.targets else epoch
-                boxes, codes = run.boxes(view), run.targets[view] if run.targets else None
+                codes = run.targets[view] if run.targets else None
                 order = data.epoch_order(len(run.store), cfg.seed, epoch)
                 parts = data.batch_rows(order, cfg.batch_size, rank, world)
                 rest = parts[step % run.steps_per_epoch :]  # of an epoch that was interrupted
                 for images, cached, index in batches(run, rest, codes):
-                    recent.append(train_step(
-                        run, images, cached, boxes[index], index, epoch, view, step))
+                    recent.append(train_step(run, images, cached, index, epoch, view, step))
                     step += 1
                     stopping = must_stop(run, step, received)
                     if step % cfg.log_every == 0 or step % run.steps_per_epoch == 0 or stopping:
@@ -492,13 +394,11 @@ def main(cfg: Config, objective=Distiller) -> dict:
                         raise SystemExit(128 + (received or [signal.SIGTERM])[0])
         if rank == 0:
             export(run)
-    latest = cfg.run_path / "checkpoint_latest.pth"
+    latest, last = f"{cfg.run_path}/checkpoint_latest.pth", run.history[-1]
     log.info(f"done. Evaluate with: python eval.py {latest}")
     if cfg.eval_at_end and rank == 0:
-        rows = evaluation.main(EvalConfig((str(latest),), overrides=cfg.settings(free=True)))
-        return run.history[-1] | dict(eval=rows)
-    return run.history[-1]
-
+        last |= dict(eval=evaluation.main(EvalConfig((latest,), overrides=cfg.settings(True))))
+    return last
 
 if __name__ == "__main__":
     cli(main, Config, models.problems)

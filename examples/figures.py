@@ -1,7 +1,8 @@
-"""Pictures of a run: its patch embeddings, and which images its student finds alike.
+"""Pictures of a run: its views, its patch embeddings, and which images its student finds alike.
 
     python examples/figures.py runs/x/checkpoint_latest.pth FOLDER
 
+views.png: training images as they are stored, and the crops of them in the cached views.
 patches.png: three principal components of the patch embeddings as a colour, teacher and student in
 one basis. neighbors.png: test images, and the training images that the student finds most alike,
 framed green where the class is the same and orange where it is not. progress.png, of a run with
@@ -142,6 +143,12 @@ def main(checkpoint: str, folder: str) -> None:
     some = data.subset(bench.test_rows, SHOWN)
     patches(folder / "patches.png", bench.test.images[some],
             dict(teacher=(teacher, head.target), student=(objective.student, head.predict)))
+    rows = data.subset(np.arange(len(bench.train)), SHOWN)
+    images = bench.train.images[rows]
+    views = [(f"view {v}", data.render(images, data.view_boxes(
+        cfg.seed, v, len(bench.train), cfg.crop_scale)[rows], cfg.student_size))
+        for v in range(max(cfg.teacher_views, 1))]
+    sheet(folder / "views.png", [("image", images / 255), *views])
     neighbours(folder / "neighbors.png", bench, *bench.features(objective.student))
     if cfg.eval_every:
         progress(folder / "progress.png", cfg, bench)

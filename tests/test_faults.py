@@ -67,8 +67,7 @@ def files_of_at_most(size: int):
     [("stores", 200_000), ("view_0.i8", 250_000), ("checkpoint_epoch_1.pth", 400_000)],
 )
 def test_a_full_disk_is_a_message_and_the_same_command_goes_on(
-        tmp_path, undisturbed, monkeypatch, what, most):
-    monkeypatch.setattr(train, "save_views", lambda run: None)  # a file of no fixed size
+        tmp_path, undisturbed, what, most):
     with files_of_at_most(most), pytest.raises((UserError, OSError)) as error:
         train.main(settings(tmp_path))
     assert what == "stores" or what in str(error.value), error.value

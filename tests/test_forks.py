@@ -43,7 +43,7 @@ def test_a_fork_keeps_every_promise(tiny, tmp_path, monkeypatch, fork):
     assert 0 <= row["knn20"] <= 1
     exported = safetensors.torch.load_file(cfg.run_path / "student.safetensors")
     with safetensors.safe_open(cfg.run_path / "student.safetensors", "pt") as file:
-        arguments = json.loads(file.metadata()["args"])
+        arguments = json.loads(file.metadata()["student"])["args"]
     plain = timm.create_model(cfg.student, num_classes=0, **arguments)
     plain.load_state_dict(exported)
     saved = torch.load(latest(cfg), weights_only=True)

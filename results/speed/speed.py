@@ -143,13 +143,11 @@ def filling(cfg: Config, folder: Path) -> float:
     with train.processes(cfg) as place:
         filled = train.Run(cfg, model.Distiller, *place)
     train.compile_networks(filled)
-    tokens = 1 + filled.objective.student.grid[0] ** 2
-    row_bytes = tokens * (len(filled.objective.heads["cls"].scale) + 2)
     seconds = []
     for _ in range(2):  # the first one warms up, and compiles
         (folder / "view").unlink(missing_ok=True)
         begin = time.perf_counter()
-        train.fill_view(filled, 0, row_bytes, folder / "view")
+        train.fill_view(filled, 0, folder / "view")
         seconds.append(time.perf_counter() - begin)
     return len(filled.store) / seconds[1]
 
@@ -224,8 +222,7 @@ def memory(folder: Path) -> None:
             path.mkdir(exist_ok=True)
             with open(path / "images.u8", "wb") as file:
                 file.truncate(count * 3 * 96 * 96)
-            np.save(path / "rows.npy", np.stack([np.arange(count), np.full(count, -1)]))
-            info = dict(size=96, split="train", unreadable=[], fingerprint="sparse")
+            info = dict(size=96, split="train", labels=[-1] * count, unreadable=[])
             (path / "info.json").write_text(json.dumps(info))
             cfg = settings(folder, student_args="depth=2", epochs=10, teacher="demo",
                            teacher_size=32, teacher_weights="", teacher_views=0,
