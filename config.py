@@ -132,9 +132,9 @@ def slug(name):
     """A path's last part, or any name, as part of a file name."""
     return re.sub(r"[^\w.]+", "_", Path(name).resolve().name).lower()[-60:] if name else ""
 
-def suggestion(name, known, prefix=""):
+def suggestion(name, known):
     """'; did you mean x or y?', or nothing."""
-    close = [prefix + other for other in difflib.get_close_matches(name, list(known))]
+    close = difflib.get_close_matches(name, list(known))
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 def data_problems(dataset):
@@ -183,7 +183,7 @@ def parse(cls, argv, *checks):
     found = []
     for word in [word for word in unknown if word.startswith("-")] or unknown:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
-        found.append(f"unknown {word}{suggestion(ALIASES.get(name, name), flags, '--')}")
+        found.append(f"unknown {word}{suggestion(ALIASES.get(name, name), flags)}")
     values, overrides = dict(PRESETS.get(getattr(given, "preset", ""), {})), {}
     for name, text in vars(given).items():
         try:

@@ -257,7 +257,7 @@ def open_store(cfg, split, max_samples=0):
     make_once(path, partial(build_store, cfg, split, max_samples, largest))
     try:
         return Store(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise UserError(f"{path} is damaged ({reason(error)}): delete it") from error
 
 def build_store(cfg, split, max_samples, size, path):

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_weight_decay
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 
 import data
 import eval as evaluation
@@ -271,9 +271,10 @@ def train_step(run, images, codes, index, epoch, view, step):
 def average_gradients(module, world):
     """Over all processes, by one all-reduce: DistributedDataParallel rules out CUDA graphs."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = parameters_to_vector(gradients) / world
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
     dist.all_reduce(flat)
-    vector_to_parameters(flat, gradients)
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 def report(run, step, recent):
     """Average, check and log the statistics of recent steps; evaluate at an epoch's end.
@@ -286,7 +287,7 @@ def report(run, step, recent):
     line = dict(epoch=step / run.steps_per_epoch, step=step)
     line |= zip(recent[0], means.tolist(), strict=True)
     line |= dict(lr=run.optimiser.param_groups[0]["lr"], memory_gb=models.peak_memory(run.device),
-                 images_per_s=len(recent) * cfg.batch_size / max(seconds, 1e-9),
+                 images_per_s=len(recent) * cfg.batch_size / seconds,
                  seconds=seconds + sum(last["seconds"] for last in run.history[-1:]))
     if not math.isfinite(line["loss"]):
         raise UserError(f"loss {line['loss']} before step {step}: lower --lr, or --precision fp32")
@@ -318,7 +319,7 @@ def export(run):
     how = dict(model=cfg.student, args=run.objective.student.arguments, pool=cfg.pool,
                image_size=cfg.student_size, mean=student.mean.flatten().tolist(),
                std=student.std.flatten().tolist())
-    about = dict(student=json.dumps(how, default=str))
+    about = dict(student=json.dumps(how))
     weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
     write_atomically(cfg.run_path / "student.safetensors",
                      lambda path: save_file(weights, path, about))

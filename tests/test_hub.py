@@ -130,15 +130,16 @@ def test_cifar100_is_evaluated_by_its_fine_labels(tmp_path):
         sizes = "--student_args depth=1 --teacher_size 32 --student_size 32"
         done = call(tmp_path, endpoint, "train.py", *flags.split(), *sizes.split(), *SMALL[:2])
     assert done.returncode == 0, done.stderr[-3000:]
-    (rows,) = (tmp_path / "cache" / "stores").glob("cifar100-train-*/rows.npy")
-    assert np.load(rows)[1].tolist() == list(range(40))
+    (info,) = (tmp_path / "cache" / "stores").glob("cifar100-train-*/info.json")
+    assert json.loads(info.read_text())["labels"] == list(range(40))
 
 
 @pytest.mark.parametrize("missing", ["dataset", "teacher"])
 def test_without_a_hub_the_message_comes_within_seconds_and_says_what_to_do(tmp_path, missing):
     begin = time.time()
     dataset = "cifar10" if missing == "dataset" else "shapes"
-    teacher = ("--max_samples", "64", "--batch_size", "64")
+    teacher = ["--max_samples", "64", "--batch_size", "64"]
+    teacher += ["--teacher", "demo", "--teacher_size", "32"] if missing == "dataset" else []
     failed = call(tmp_path, "http://127.0.0.1:9", "train.py", "--dataset", dataset, *teacher)
     assert time.time() - begin < 60 and failed.returncode == 2
     asked = "uoft-cs/cifar10" if missing == "dataset" else "vit_base_patch14_dinov2"
@@ -320,21 +321,21 @@ def test_a_hub_in_trouble_is_named_and_the_same_command_succeeds_later(troubled,
     troubled.forget()
     everything = name == "silence"  # also when asked whether it is there
     for paths, asked, advice in (
-        (DATASET, "the dataset uoft-cs/cifar10", "--dataset FOLDER"),
         (TEACHER, "the weights of test_vit.r160_in1k", "--teacher_weights FILE"),
+        (DATASET, "the dataset uoft-cs/cifar10", "--dataset FOLDER"),
     ):
         failed = troubled(tmp_path, trouble, "." if everything else paths)
         message = failed.stderr[failed.stderr.find("error: ") :]
         assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr[-3000:]
         assert message.startswith(f"error: cannot get {asked}: http://127.0.0.1:"), failed.stderr
         assert words in message and advice in message and "--preset demo" in message, message
-        assert len(message.splitlines()) == 3 and not list(tmp_path.glob("runs/*/*"))
-        if everything and paths == DATASET:  # the pixels first, or the teacher is never asked for
-            troubled(tmp_path, status(404), TEACHER)
+        assert len(message.splitlines()) == 2 and not list(tmp_path.glob("runs/*/*"))
+        if everything and paths == TEACHER:  # the teacher first, or the data is never asked for
+            troubled(tmp_path, status(404), DATASET)
     done = troubled(tmp_path)
     assert done.returncode == 0 and "done. Evaluate with" in done.stdout, done.stderr[-3000:]
-    (rows,) = (tmp_path / "cache" / "stores").glob("cifar10-train-*/rows.npy")
-    assert np.load(rows)[1].tolist() == list(range(32))
+    (info,) = (tmp_path / "cache" / "stores").glob("cifar10-train-*/info.json")
+    assert json.loads(info.read_text())["labels"] == list(range(32))
 
 
 @needs_shared

@@ -37,7 +37,6 @@ GOOD = dict(
 BAD = dict(
     dataset=["nowhere", "./nowhere"],
     teacher=["dinov2_vits15", ""],
-    teacher_weights=["nowhere.pth"],
     student=["vit_tinny", ""],
     student_args=["depth", "depth=one two"],
     pool=["max", ""],
