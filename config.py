@@ -73,7 +73,7 @@ class Config:
     # student
     student: str = fixed("vit_small_patch16_224", "any timm model")
     student_args: str = fixed("", "its timm arguments: 'depth=6 embed_dim=192 num_heads=3'")
-    student_weights: str = free("", "a file to start from, ours or timm's; empty = random weights")
+    student_weights: str = free("", "a student.safetensors or timm's to start from; empty = random")
     student_size: int = fixed(96, "pixels the student sees; a multiple of its patch", 8, 4096)
     pool: str = fixed("cls", "embed by class token, or mean of patches", choices=("cls", "mean"))
     # loss

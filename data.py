@@ -160,7 +160,7 @@ def open_source(cfg, split):
     return split, source, read_labels(splits, split, cfg.label_column or (labels or [""])[0])
 
 def read_labels(splits, split, column):
-    """Classes int64 [I], numbered alike in all splits; -1 for NULL, NaN, -1, and without two."""
+    """Classes int64 [I], numbered alike in all splits; -1 for NULL, NaN, -1, or a single class."""
     kind = splits[split].features.get(column)
     if not isinstance(kind, (datasets.Value, datasets.ClassLabel)):
         return np.full(len(splits[split]), -1)

@@ -87,7 +87,7 @@ def linear_probe(train, labels, test):
         if scores[C] < max(scores.values()):
             break
     C = max(scores, key=scores.get)
-    w = fit_probe(train.float(), labels, C, w)  # most of the way, and faster
+    w = fit_probe(train.float(), labels, C, w)  # float32 is faster, float64 goes on from there
     return probe_predict(fit_probe(train, labels, C, w), test), C
 
 def effective_rank(features):
@@ -115,6 +115,7 @@ class Bench:
             self.test = self.train
         test_rows = np.arange(len(self.test))
         if self.test.split == self.train.split:
+            self.test = self.train
             print("no other split: a tenth of the training images is held out of k-NN and probe")
             test_rows = data.subset(train_rows, -(-len(train_rows) // 10))
             train_rows = np.setdiff1d(train_rows, test_rows)
@@ -153,9 +154,8 @@ class Bench:
     @torch.inference_mode()
     def compare(self, saved, cfg, student, teacher):
         """Mean cosine of predictions and targets on test images: of a Distiller and its teacher."""
-        learned = dict(objective="Distiller", weights=teacher.fingerprint,
-                       teacher_size=teacher.image_size)
-        if not learned.items() <= saved["fixed"].items():
+        fixed = saved["fixed"]
+        if (fixed["objective"], fixed["weights"]) != ("Distiller", teacher.fingerprint):
             return {}
         objective, found = models.Distiller(student, teacher, cfg).eval().to(self.device), []
         objective.load_state_dict(saved["objective"])
@@ -199,17 +199,18 @@ def table(rows):
 def load(path, overrides):
     """A checkpoint, its Config with some settings replaced, and its student. Raises UserError."""
     saved, cfg = models.load_checkpoint(path)
-    settings = dict(student_weights="") | overrides
+    settings = overrides | dict(student_weights="")
     if not Path(cfg.cache_dir, "stores").is_dir():  # a stranger's file does not choose new places
         settings = dict(cache_dir=Config.cache_dir) | settings
     cfg = replace(cfg, **settings)
+    models.pick_device(cfg.device)
     validate(cfg, lambda cfg: data_problems(cfg.eval_dataset or cfg.dataset))
     return saved, cfg, models.student_of(cfg, saved["student"])
 
 def main(args):
     """Evaluate checkpoints, the first one's teacher and its untrained student; returns the rows."""
     loaded = [load(path, args.overrides) for path in args.checkpoints]
-    _, cfg, _ = loaded[0]
+    cfg = loaded[0][1]
     bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
     machine = models.environment(bench.device)
     print(f"{bench.dataset}: {len(bench.y)} training, {len(bench.y_test)} test images", flush=True)
@@ -230,7 +231,6 @@ def main(args):
     name = f"eval-{slug(bench.dataset)}.json" if cfg.eval_dataset else "eval.json"
     file = Path(args.checkpoints[0]).with_name(name)
     file.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"written to {file}")
     return rows
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def student_arguments(text):
     for item in filter(None, re.split(r"[\s,]+(?![^(]*\))", text)):  # not inside parentheses
         name, _, value = item.partition("=")
         if not value or name.startswith(("pretrained", "checkpoint")):
-            raise UserError("write name=value; weights are given by --student_weights")
+            raise UserError("--student_args takes name=value; for weights see --student_weights")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -279,7 +279,8 @@ class Head(nn.Module):
     def extra_repr(self):
         return f"{self.kind}, width {len(self.scale)}, whiten={self.whiten}"
 
-# What is distilled: name -> function of Features that returns tokens [B, T, D].
+# What is distilled: name -> function of Features that returns tokens [B, T, D]. A fork that adds
+# a term sets its weight in `Distiller.weights`.
 TERMS = dict(cls=lambda features: features.cls[:, None], patch=lambda features: features.patches)
 
 class Distiller(nn.Module):

@@ -93,9 +93,9 @@ def start(run):
     cfg, path, saved = run.cfg, run.cfg.run_path, None
     latest = path / "checkpoint_latest.pth"
     if run.rank == 0 and cfg.resume and latest.exists():
-        saved, _ = models.load_checkpoint(latest)
+        saved, own = models.load_checkpoint(latest)
         refuse_changes(f"{path} holds a run with other settings; see --run_dir and --no_resume",
-                       saved["fixed"], run.fixed)
+                       own.settings(free=False) | saved["fixed"], run.fixed)
     if run.world > 1:
         shared = [saved, run.fixed]
         dist.broadcast_object_list(shared, 0)
@@ -134,7 +134,7 @@ def open_log(run):
     if run.rank == 0:
         log.addHandler(logging.FileHandler(run.cfg.run_path / "train.log"))
     log.info(f"{run.cfg}\n{environment(run.device)}, {run.dtype}, {run.world} processes\n"
-             f"{len(run.store)} images of {run.store.size} px, {run.steps_per_epoch} steps/epoch\n"
+             f"{len(run.store)} images of {run.store.size} px\n"
              f"teacher: {run.teacher}\nstudent: {run.objective.student}")
 
 def restore(run, saved):
@@ -144,7 +144,7 @@ def restore(run, saved):
     run.optimiser.load_state_dict(saved["optimiser"])
     if saved["scaler"]:  # of a run in fp16; --precision may have changed since
         run.scaler.load_state_dict(saved["scaler"])
-    log.info(f"continuing at step {saved['step']} of {run.total_steps}")
+    log.info(f"continuing at step {saved['step']}")
     if saved["commit"] != environment(run.device)["commit"]:
         log.warning(f"the checkpoint was written at commit {saved['commit']}")
 

@@ -303,8 +303,8 @@ def paths_in(folder: Path) -> set[Path]:
     (dict(dataset="https://example.org/x"), "nor owner/name on the Hub"),
     (dict(student="hf-hub:some/one"), "not a model of timm"),
     (dict(student="local-dir:/outside"), "not a model of timm"),
-    (dict(student_args="pretrained=True"), "weights are given by --student_weights"),
-    (dict(student_args="pretrained_cfg_overlay={'file':'/outside'}"), "weights are given by"),
+    (dict(student_args="pretrained=True"), "for weights see --student_weights"),
+    (dict(student_args="pretrained_cfg_overlay={'file':'/outside'}"), "for weights see"),
 ])
 def test_a_strangers_checkpoint_reaches_neither_files_nor_the_hub(
         run, refused, tmp_path, monkeypatch, wish, words):

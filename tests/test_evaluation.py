@@ -5,6 +5,7 @@ import os
 
 import PIL.Image
 import pytest
+import timm
 import torch
 from conftest import png
 
@@ -32,6 +33,14 @@ def test_several_checkpoints_give_a_row_each_and_need_nothing_but_themselves(tin
     assert {"torch", "device", "commit", "gflops", "images_per_s"} <= rows[-1].keys()
 
 
+def test_a_trained_student_is_the_network_that_the_untrained_one_is(tiny):
+    cfg = tiny(epochs=1)
+    train.main(cfg)
+    timm.layers.set_fused_attn(True)  # as in a new process
+    _, untrained, student = evaluation.main(EvalConfig((latest(cfg),)))
+    assert student["gflops"] == untrained["gflops"]
+
+
 def test_a_checkpoint_can_be_evaluated_on_other_data(tiny, photos):
     cfg = tiny(epochs=1)
     train.main(cfg)
@@ -50,6 +59,9 @@ def test_without_a_test_split_a_tenth_of_train_is_held_out(tiny, tmp_path, capsy
     assert "a tenth of the training images" in capsys.readouterr().out
     train_rows, test_rows = bench.train_rows, bench.test_rows
     assert len(test_rows) == 4 and len(train_rows) == 36 and not {*test_rows} & {*train_rows}
+    same = tiny(dataset=str(tmp_path / "own"), max_samples=20, test_split="train")
+    bench = evaluation.Bench(same)
+    assert bench.test is bench.train and not {*bench.test_rows} & {*bench.train_rows}
     with pytest.raises(UserError, match="no split 'test', only train"):
         evaluation.Bench(tiny(dataset=str(tmp_path / "own"), max_samples=0, test_split="test"))
 
@@ -103,10 +115,10 @@ def test_comparing_two_models_leaves_mixed_precision_as_it_was(tiny):
     bench = evaluation.Bench(tiny(precision="bf16", max_samples=80), max_test=80)
     teacher = model.load_teacher("demo", 32)
     student = model.student_of(tiny())
-    fixed = dict(objective="Distiller", weights=teacher.fingerprint, teacher_size=32)
+    fixed = dict(objective="Distiller", weights=teacher.fingerprint)
     saved = dict(fixed=fixed, objective=model.Distiller(student, teacher, tiny()).state_dict())
     assert -1 <= bench.compare(saved, tiny(), student, teacher)["cos_cls"] <= 1
-    assert bench.compare(dict(fixed=fixed | dict(teacher_size=40)), tiny(), student, teacher) == {}
+    assert bench.compare(dict(fixed=fixed | dict(weights="")), tiny(), student, teacher) == {}
     assert not torch.is_autocast_enabled("cpu")
 
 
