@@ -190,7 +190,7 @@ def parse(cls, argv, *checks):
             (values if name in own else overrides)[name] = flags[name].type(text)
         except ValueError:
             found.append(f"--{name} {text}: not a number of type {flags[name].type.__name__}")
-    if cls is EvalConfig:
+    if overrides:
         values["overrides"] = overrides
     cfg = cls(**values)
     validate(cfg, *checks, found=found)

@@ -177,8 +177,8 @@ class Bench:
         with self.autocast:
             for _ in range(8):
                 backbone(images).cls.sum().item()  # .item() waits for the device
-        seconds = (perf_counter() - begin) / 8
-        return dict(images_per_s=64 / seconds, gflops=flops.get_total_flops() / 64e9)
+        speed = 8 * 64 / (perf_counter() - begin)
+        return dict(images_per_s=speed, gflops=flops.get_total_flops() / 64e9)
 
     def row(self, name, backbone):
         row = dict(model=name, params_m=backbone.parameter_count / 1e6, size=backbone.image_size)
@@ -203,7 +203,7 @@ def load(path, overrides):
     if not Path(cfg.cache_dir, "stores").is_dir():  # a stranger's file does not choose new places
         settings = dict(cache_dir=Config.cache_dir) | settings
     cfg = replace(cfg, **settings)
-    models.pick_device(cfg.device)
+    models.pick_device(cfg.device)  # before students are made
     validate(cfg, lambda cfg: data_problems(cfg.eval_dataset or cfg.dataset))
     return saved, cfg, models.student_of(cfg, saved["student"])
 
@@ -212,7 +212,6 @@ def main(args):
     loaded = [load(path, args.overrides) for path in args.checkpoints]
     cfg = loaded[0][1]
     bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
-    machine = models.environment(bench.device)
     print(f"{bench.dataset}: {len(bench.y)} training, {len(bench.y_test)} test images", flush=True)
     if not bench.labelled:
         print("no labels in one of the splits: no k-NN, no probe (--label_column, --test_split)")
@@ -226,11 +225,11 @@ def main(args):
             row |= {f"keeps_{name}": row[name] / rows[0][name] for name in ("knn20", "linear")
                     if rows[0].get(name)}
             row |= bench.compare(saved, own, student, teacher)
-        rows.append(row | machine | dict(checkpoint=path, step=saved["step"]))
+        row |= models.environment(bench.device)
+        rows.append(row | dict(checkpoint=path, step=saved["step"]))
     print(table(rows))
     name = f"eval-{slug(bench.dataset)}.json" if cfg.eval_dataset else "eval.json"
-    file = Path(args.checkpoints[0]).with_name(name)
-    file.write_text(json.dumps(rows, indent=1) + "\n")
+    Path(args.checkpoints[0]).with_name(name).write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from config import Config, UserError, from_hub, reason, suggestion, validate, wr
 log = logging.getLogger("distill")
 
 TEACHERS = {  # the official names -> timm's
-    f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{reg and '_reg4'}_dinov2.lvd142m"
+    f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2.lvd142m"
     for size in ("small", "base", "large", "giant") for reg in ("", "_reg")}
 TEACHERS["demo"] = "vit_small_patch14_dinov2"
 DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher.safetensors"
@@ -115,8 +115,8 @@ def load_net(name, weights, **arguments):
     if not weights:
         return from_hub(f"the weights of {name}", "--teacher_weights FILE", create, pretrained=True)
     try:
-        if zipfile.is_zipfile(weights) and zipfile.ZipFile(weights).testzip():
-            raise ValueError("a checksum is wrong")  # torch does not look
+        if zipfile.is_zipfile(weights):
+            check_sums(weights)
         net = create()
         # Converts the names of other releases, and resizes position tables.
         converter = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
@@ -160,11 +160,15 @@ def student_arguments(text):
             arguments[name] = value  # a word
     return arguments
 
+def teacher_spec(name):
+    """Teacher name -> timm name and arguments."""
+    return TEACHERS.get(name, name), TEACHER_ARGS.get(name, {})
+
 def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     """The frozen teacher, in eval mode; attribute fingerprint names its weights. Raises UserError.
     name: an official DINOv2 name, "demo", or any timm model. weights: a file of the official
     release or of timm, "" for the Hub. DINOv2 features equal the official code's at every size."""
-    timm_name, arguments = TEACHERS.get(name, name), TEACHER_ARGS.get(name, {})
+    timm_name, arguments = teacher_spec(name)
     timm_arguments(timm_name, image_size, arguments)  # raises before anything is downloaded
     if name == "demo":
         weights = weights or str(DEMO_TEACHER)
@@ -200,14 +204,13 @@ def problems(cfg):
     for side in ("teacher", "student"):
         name, size = getattr(cfg, side), getattr(cfg, f"{side}_size")
         try:
-            device, arguments = "cpu", student_arguments(cfg.student_args)
-            if side == "teacher":
-                device, arguments = "meta", TEACHER_ARGS.get(name, {})
+            device, (timm_name, arguments) = "meta", teacher_spec(name)
+            if side == "student":  # with values: some arguments fail only on these
+                device, timm_name, arguments = "cpu", name, student_arguments(cfg.student_args)
             with torch.device(device):
-                net = build_student(TEACHERS.get(name, name), size, **arguments).train()
-                seen = net(torch.zeros(2, 3, size, size)).patches.shape[1]
-            if seen != math.prod(net.grid):  # with timm's patch_drop_rate, for one
-                raise UserError("in training it drops patch tokens")
+                net = build_student(timm_name, size, **arguments).train()
+                if net(torch.zeros(2, 3, size, size)).patches.shape[1] != math.prod(net.grid):
+                    raise UserError("in training it drops patch tokens")
         except Exception as error:  # timm models fail in many ways on what they do not take
             found.append(f"--{side} {name} at {size} px: {reason(error)}")
     return found
@@ -382,8 +385,7 @@ def load_checkpoint(path):
     """What `save_checkpoint` wrote -> (its contents, its Config). Runs no code from the file.
     A setting that it lacks takes its default. Raises UserError for damaged and other files."""
     try:
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")  # torch does not look
+        check_sums(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format") != FORMAT:
             raise ValueError("it is of an earlier version of this program")
@@ -394,6 +396,11 @@ def load_checkpoint(path):
     except Exception as error:
         raise UserError(f"{path} is no checkpoint of this version: {reason(error)}") from error
     return saved, cfg
+
+def check_sums(path):
+    """Raise ValueError if bits have changed in what torch.save wrote; torch.load does not look."""
+    if zipfile.ZipFile(path).testzip():
+        raise ValueError("a checksum is wrong")
 
 def pick_device(name):
     """auto: a CUDA GPU, else an Apple one, else the CPU. To be called before models are made."""

@@ -101,12 +101,14 @@ def test_help_spells_flags_as_they_are(capsys):
     (dict(student_args="patch_drop_rate=0.5"), "drops patch tokens"),
     (dict(student_args="drop_path_rate=2"), "bernoulli"),
     (dict(student_args="depht=6"), "depht"),
+    (dict(student="dinov2_vits14", student_size=28, student_args=""), "not a model of timm"),
     (dict(student="pit_ti_224", student_size=224, student_args=""), "no square grid"),
 ])
 def test_models_that_do_not_fit_are_refused_before_anything_is_written(tiny, changes, words):
     cfg = tiny(**changes)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as error:
         train.main(cfg)
+    assert ("--teacher " in str(error.value)) == ("teacher" in changes)
     assert not cfg.run_path.exists()
 
 

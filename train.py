@@ -195,7 +195,7 @@ def cache_targets(run, folder):
     run.targets = [data.RowFile(file, torch.int8, shape) for file in files]
 
     cached, expected = data.dequantise(run.targets[0][rows]), expected.cpu()
-    # Squared distances of each token place, over all checked images: 2 - 2 cos of unit vectors.
+    # |a - b|^2 = 2 - 2 cos for unit vectors: at each token place the mean cosine is at least SAME.
     distance, length = [x.square().sum((0, 2)) for x in (cached - expected, expected)]
     if (distance > 2 * (1 - SAME) * length).any():
         raise UserError(f"{folder} holds other targets than those of the code now: delete it")
@@ -203,9 +203,9 @@ def cache_targets(run, folder):
     log.info("all targets are cached: the teacher is dropped")
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-        files = [run.images, *run.targets]
-        if sum(file.nbytes for file in files) < DEVICE_SHARE * torch.cuda.mem_get_info()[0]:
-            run.images, *run.targets = [file.to(run.device) for file in files]
+        arrays = [run.images, *run.targets]
+        if sum(array.nbytes for array in arrays) < DEVICE_SHARE * torch.cuda.mem_get_info()[0]:
+            run.images, *run.targets = [array.to(run.device) for array in arrays]
 
 def fill_view(run, view, path):
     """Write the codes of all images of a view."""
@@ -319,10 +319,9 @@ def export(run):
     how = dict(model=cfg.student, args=run.objective.student.arguments, pool=cfg.pool,
                image_size=cfg.student_size, mean=student.mean.flatten().tolist(),
                std=student.std.flatten().tolist())
-    about = dict(student=json.dumps(how))
     weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
     write_atomically(cfg.run_path / "student.safetensors",
-                     lambda path: save_file(weights, path, about))
+                     partial(save_file, weights, metadata=dict(student=json.dumps(how))))
 
 @contextmanager
 def processes(cfg):

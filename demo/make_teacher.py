@@ -33,10 +33,10 @@ JITTERED_ALIKE = 8  # images
 def main() -> None:
     torch.manual_seed(0)
     model.pick_device("cpu")
-    size = model.TEACHER_ARGS["demo"]["img_size"]
+    name, arguments = model.teacher_spec("demo")
+    size = arguments["img_size"]
     images = torch.from_numpy(np.stack([draw_shape(SEED, i, size)[0] for i in range(IMAGES)]))
     images, labels = images.permute(0, 3, 1, 2), torch.arange(IMAGES) % len(OUTLINES)
-    name, arguments = model.TEACHERS["demo"], model.TEACHER_ARGS["demo"]
     net = timm.create_model(name, num_classes=0, **arguments)
     teacher = model.Backbone(net, size).train()
     # Classifying the mean patch as well makes the patches worth distilling.
