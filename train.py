@@ -114,10 +114,12 @@ def start(run):
         run.objective.fit(embed_stored(run, 0, data.chunks(rows), "fitting the heads"))
         for buffer in run.objective.heads.buffers() if run.world > 1 else ():
             dist.broadcast(buffer, 0)
-    compile_networks(run)
     step = saved["step"] if saved else 0
+    rows = np.arange(CHECKED) % len(run.store)
+    expected = run.objective.targets(next(embed_stored(run, 0, [rows])))
+    compile_networks(run)  # after that, as every other number of images is compiled anew
     if cfg.teacher_views and step < run.total_steps:
-        cache_targets(run, cache_folder(run))
+        cache_targets(run, cache_folder(run), rows, expected)
     run.logged_at = run.saved_at = monotonic()
     return step
 
@@ -172,13 +174,10 @@ def cache_folder(run):
     digest = hashlib.sha256(str(key).encode()).hexdigest()
     return Path(cfg.cache_dir) / "targets" / digest[:12]
 
-def cache_targets(run, folder):
+def cache_targets(run, folder, rows, expected):
     """Fill `run.targets`, unless an earlier run has filled the cache, and drop the teacher. The
-    heads are stored with the cache. As the code may have changed since, some targets are compared
-    with those of now. Raises UserError where they differ."""
-    rows = np.arange(CHECKED) % len(run.store)
-    # By this run's own heads, before those of the cache replace them: the check covers both.
-    expected = run.objective.targets(next(embed_stored(run, 0, [rows])))
+    heads are stored with the cache. As the code may have changed since, the targets of some rows of
+    view 0 are compared with those expected now. Raises UserError where they differ."""
     heads = folder / "heads.safetensors"
     buffers = {name: value.cpu() for name, value in run.objective.heads.named_buffers()}
     data.make_once(heads, partial(save_file, buffers))
@@ -208,11 +207,14 @@ def cache_targets(run, folder):
             run.images, *run.targets = [array.to(run.device) for array in arrays]
 
 def fill_view(run, view, path):
-    """Write the codes of all images of a view."""
-    parts = data.chunks(np.arange(len(run.store)))
+    """Write the codes of all images of a view, in full batches: torch compiles for one size."""
+    size = 4 * data.CHUNK if run.device.type == "cuda" else data.CHUNK  # docs/speed.md
+    parts = data.batch_rows(np.arange(len(run.store)), size)
     with open(path, "wb") as file:
         for features in embed_stored(run, view, parts, f"targets of view {view}"):
-            file.write(data.quantise(run.objective.targets(features)).cpu().numpy().tobytes())
+            codes = data.quantise(run.objective.targets(features)).cpu().numpy()
+            file.write(codes)
+        file.truncate(len(run.store) * codes[0].nbytes)
 
 def embed_stored(run, view, parts, title=None):
     """Yield the teacher's Features of a view of stored images, for each of some parts of rows."""

@@ -6,7 +6,8 @@
     python results/speed/speed.py memory    # 500,000 stored images against 1,000
     python results/speed/speed.py eval      # k-NN and linear probe against scikit-learn
     python results/speed/speed.py busy      # training beside a process that keeps one core busy
-    python results/speed/speed.py gpu       # images/s while filling and while reading, on a GPU
+    python results/speed/speed.py gpu         # images/s while filling and while reading, on a GPU
+    python results/speed/speed.py gpu_memory  # of teachers and students
 
 Both sides of a ratio are timed in turn, and medians are printed. No download: weights are seeded
 random ones, which cost what trained ones cost. The outputs beside this file were made with nothing
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import safetensors.torch
@@ -285,14 +287,60 @@ def gpu(folder: Path) -> None:
     cfg = settings(folder, teacher="dinov2_vitb14", teacher_size=224, batch_size=256, epochs=12,
                    teacher_weights=seeded_weights("vit_base_patch14_dinov2", folder),
                    student="vit_small_patch16_224", max_samples=8000, teacher_views=2, log_every=8)
-    print(f"filling: {filling(cfg, folder):.0f} images/s")
+    print(f"filling: {filling(cfg, folder):.0f} images/s", flush=True)
     lines = run(cfg)
     found = sum((speeds(lines, epoch) for epoch in range(2, 12)), [])
-    print(f"training on cached targets: {statistics.median(found):.0f} images/s")
+    print(f"training on cached targets: {statistics.median(found):.0f} images/s "
+          f"({min(found):.0f} to {max(found):.0f})", flush=True)
+    lines = run(dataclasses.replace(cfg, teacher_views=0, epochs=3))
+    found = speeds(lines, 1) + speeds(lines, 2)
+    print(f"teacher at every step: {statistics.median(found):.0f} images/s")
+
+
+def gpu_memory(folder: Path) -> None:
+    """Peak GPU memory in GB, bf16, eager: a teacher that embeds 64 images at 224 px, and a step of
+    a student. Stored images and cached targets come on top of it."""
+    device, steps = torch.device("cuda"), 3
+    print("| teacher at 224 px | GB |\n|---|---|")
+    for name in ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with device:
+            net = timm.create_model(model.TEACHERS[name], num_classes=0, img_size=224)
+            teacher = model.Backbone(net, 224)
+        with torch.inference_mode(), model.autocast(device, torch.bfloat16):
+            teacher(torch.rand(data.CHUNK, 3, 224, 224, device=device))
+        print(f"| {name} | {model.peak_memory(device):.1f} |", flush=True)
+        del net, teacher
+    print("\n| student | batch 256 | batch 1024 | GB\n|---|---|---|")
+    teacher = SimpleNamespace(grid=(16, 16), embed_dim=768)
+    for name, size in (("vit_tiny_patch16_224", 96), ("vit_small_patch16_224", 96),
+                       ("vit_base_patch16_224", 96), ("vit_small_patch16_224", 224),
+                       ("resnet18", 96), ("resnet50", 224)):
+        cells = []
+        for batch in (256, 1024):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            cfg = Config(student=name, student_size=size)
+            objective = model.Distiller(model.student_of(cfg).train(), teacher, cfg).to(device)
+            optimiser = torch.optim.AdamW(objective.parameters(), fused=True)
+            tokens = 1 + objective.student.grid[0] ** 2
+            images = torch.rand(batch, 3, size, size, device=device)
+            targets = torch.randn(batch, tokens, len(objective.heads["cls"].scale), device=device)
+            for _ in range(steps):
+                optimiser.zero_grad()
+                with model.autocast(device, torch.bfloat16):
+                    loss, _ = objective(images, targets)
+                loss.backward()
+                optimiser.step()
+            cells.append(f"{model.peak_memory(device):.1f}")
+            del objective, optimiser, images, targets, loss
+        print(f"| {name} at {size} px | {' | '.join(cells)} |", flush=True)
 
 
 def main(name: str) -> None:
-    parts = dict(step=step, cache=cache, store=store, memory=memory, eval=judge, busy=busy, gpu=gpu)
+    parts = dict(step=step, cache=cache, store=store, memory=memory, eval=judge, busy=busy, gpu=gpu,
+                 gpu_memory=gpu_memory)
     if name not in parts:
         raise UserError(f"one of {', '.join(parts)}")
     device = model.pick_device("auto")
