@@ -2,8 +2,7 @@
 
     python train.py --help                            # the list below, as flags
     python train.py --dataset cifar10 --epochs 50     # override by name
-    python train.py --preset demo --seed 1            # a preset first, then overrides
-"""
+    python train.py --preset demo --seed 1            # a preset first, then overrides"""
 
 import argparse
 import difflib
@@ -29,9 +28,8 @@ PRESETS = {
     "course": dict(head="frozen", loss="mse", student_size=224, batch_size=64, epochs=100, lr=5e-4,
                    weight_decay=0.04, warmup_epochs=10.0)}
 ALIASES = dict(  # what similar programs call a setting -> its name here
-    learning_rate="lr", num_epochs="epochs", checkpoint_dir="run_dir", resume_from="run_dir",
-    output_dir="run_dir", teacher_name="teacher", student_name="student", dataset_name="dataset",
-    data_dir="dataset", use_torch_compile="compile", image_size="student_size", use_amp="precision")
+    learning_rate="lr", num_epochs="epochs", output_dir="run_dir", resume_from="run_dir",
+    dataset_name="dataset", data_dir="dataset", image_size="student_size", use_amp="precision")
 
 class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""
@@ -47,7 +45,6 @@ free = partial(setting, free=True)
 @dataclass(frozen=True)
 class Config:
     """Distil a frozen teacher into a small student, from unlabelled images."""
-
     preset: str = fixed("", "defaults to start from", choices=("", *PRESETS))
     # data
     dataset: str = free("cifar10", "cifar10, cifar100, shapes, owner/name on the Hub, or a folder")
@@ -121,7 +118,6 @@ class Config:
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluate checkpoints on the data of the first, with its settings or those given here."""
-
     checkpoints: tuple = free((), "checkpoint files; a row of the table each")
     max_train: int = free(0, "use a fixed random subset of the training images; 0 = all", 0)
     max_test: int = free(0, "use a fixed random subset of the test images; 0 = all", 0)

@@ -4,8 +4,7 @@ Images are decoded once, into `uint8 [I, 3, S, S]` in a file of which training r
 of an epoch and the crops of a view are pure functions of (seed, epoch or view, image): batch size,
 number of processes and interruptions do not change them.
 Axes: I images, B batch, T tokens, D width, S pixels of a stored image. A box is (x, y, w, h) in
-fractions of the image; a box of negative width is mirrored.
-"""
+fractions of the image; a box of negative width is mirrored."""
 
 import glob
 import hashlib
@@ -62,7 +61,7 @@ def read_ahead(function, arguments):
             yield future.result()
 
 def chunks(rows):
-    return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    return np.split(rows, range(CHUNK, len(rows), CHUNK))
 
 def make_once(path, make):
     """Unless `path` exists, make(temporary path) a file or folder; other processes wait for it."""

@@ -6,8 +6,7 @@
 
 Embeddings of whole images are classified by k-NN (DINO, Caron et al. 2021) and a linear probe
 (DINOv2's logistic regression, its strength chosen on part of train). Prints a table and writes
-eval.json next to the first checkpoint. Axes: I training images, Q test images, D width.
-"""
+eval.json next to the first checkpoint. Axes: I training images, Q test images, D width."""
 
 import json
 from dataclasses import replace

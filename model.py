@@ -6,8 +6,7 @@ patch embeddings. A `Head` brings both sides to one width; only its student side
 Axes: B batch, N patches (row-major over the grid), T tokens, D width (Dt teacher's, Ds student's).
 
 DINOv2 (Oquab et al. 2023), registers (Darcet et al. 2023); the fixed, centred projection follows
-PHI-S (Ranzinger et al. 2024), learned heads follow Proteus and UNIC (2024).
-"""
+PHI-S (Ranzinger et al. 2024), learned heads follow Proteus and UNIC (2024)."""
 
 import ast
 import hashlib
@@ -46,7 +45,6 @@ FORMAT = 3  # version of the checkpoints' contents
 
 class Features(NamedTuple):
     """What a Backbone outputs: cls [B, D], patches [B, N, D], in the dtype of the forward."""
-
     cls: Tensor
     patches: Tensor
 
@@ -54,7 +52,6 @@ class Backbone(nn.Module):
     """A timm model behind one interface: images float [B, 3, S, S] in [0, 1] -> Features. cls is
     the CLS token, or for pool "mean" and models without one the mean of the patches; patches are
     in conv nets the places of the last feature map. Raises UserError for nets without a grid."""
-
     def __init__(self, net, image_size, pool="cls"):
         super().__init__()
         # Conv nets are up to a tenth faster in channels_last.
@@ -115,8 +112,6 @@ def load_net(name, weights, **arguments):
     if not weights:
         return from_hub(f"the weights of {name}", "--teacher_weights FILE", create, pretrained=True)
     try:
-        if zipfile.is_zipfile(weights):
-            check_sums(weights)
         net = create()
         # Converts the names of other releases, and resizes position tables.
         converter = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
@@ -290,7 +285,6 @@ class Distiller(nn.Module):
     """The objective: student, a head for each term, and the loss, as one module.
     A fork is a subclass: `train.main(cfg, objective=Fork)`. What it registers (parameters, buffers,
     modules) is saved and restored. torch is seeded at every step: a continued run repeats it."""
-
     terms = TERMS
 
     def __init__(self, student, teacher, cfg):
@@ -385,7 +379,8 @@ def load_checkpoint(path):
     """What `save_checkpoint` wrote -> (its contents, its Config). Runs no code from the file.
     A setting that it lacks takes its default. Raises UserError for damaged and other files."""
     try:
-        check_sums(path)
+        if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+            raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format") != FORMAT:
             raise ValueError("it is of an earlier version of this program")
@@ -397,16 +392,11 @@ def load_checkpoint(path):
         raise UserError(f"{path} is no checkpoint of this version: {reason(error)}") from error
     return saved, cfg
 
-def check_sums(path):
-    """Raise ValueError if bits have changed in what torch.save wrote; torch.load does not look."""
-    if zipfile.ZipFile(path).testzip():
-        raise ValueError("a checksum is wrong")
-
 def pick_device(name):
     """auto: a CUDA GPU, else an Apple one, else the CPU. To be called before models are made."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        name = [device for device, is_here in here.items() if is_here][0]
+        name = next(device for device in here if here[device])
     if not here[name]:
         raise UserError(f"--device {name}: torch finds no such device here")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in evaluation above all

@@ -8,8 +8,7 @@
 The teacher embeds a few views (crops) of every image once, into a cache. Each step then cuts one
 view out of each image of a batch, embeds it with the student, and pulls the student's embeddings
 towards the teacher's. The same command continues an interrupted run, to the same weights. Writes
-config.json, train.log, metrics.jsonl, checkpoints, and student.safetensors, which timm loads.
-"""
+config.json, train.log, metrics.jsonl, checkpoints, and student.safetensors, which timm loads."""
 
 import hashlib
 import json
@@ -208,7 +207,7 @@ def cache_targets(run, folder, rows, expected):
 
 def fill_view(run, view, path):
     """Write the codes of all images of a view, in full batches: torch compiles for one size."""
-    size = 4 * data.CHUNK if run.device.type == "cuda" else data.CHUNK  # docs/speed.md
+    size = data.CHUNK * (4 if run.device.type == "cuda" else 1)  # docs/speed.md
     parts = data.batch_rows(np.arange(len(run.store)), size)
     with open(path, "wb") as file:
         for features in embed_stored(run, view, parts, f"targets of view {view}"):
@@ -359,7 +358,7 @@ def received_signals():
 def must_stop(run, step, received):
     """Whether to stop after this step; all processes return the same."""
     if run.world == 1:
-        return len(received) > 0
+        return bool(received)
     if step % STOP_STEPS and step % run.steps_per_epoch:
         return False
     flag = torch.tensor([len(received)])  # on the CPU: no GPU has to wait
