@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import eval as evaluation
 import model
+from train import QUICK_EVAL
 
 SHOWN = 8  # images
 TILE, GAP, MARGIN, FRAME = 96, 8, 76, 3  # pixels
@@ -84,13 +85,12 @@ def neighbours(path: Path, bench: evaluation.Bench, train, test) -> PIL.Image.Im
     return sheet(path, rows)
 
 
-def progress(path: Path, cfg, bench: evaluation.Bench) -> None:
-    """From metrics.jsonl, eval.json and the checkpoints in the run folder of cfg."""
+def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) -> None:
+    """From metrics.jsonl and the checkpoints in the run folder of cfg."""
     import matplotlib.pyplot as plt
 
     lines = [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "test_knn20" in line]
-    teacher, untrained = json.loads((cfg.run_path / "eval.json").read_text())[:2]
     checkpoints = [cfg.run_path / f"checkpoint_epoch_{n}.pth" for n in (1, cfg.epochs)]
     students = {"before": model.student_of(cfg)}
     for file, name in zip(checkpoints, ("epoch 1", f"epoch {cfg.epochs}"), strict=True):
@@ -102,10 +102,13 @@ def progress(path: Path, cfg, bench: evaluation.Bench) -> None:
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
     axis = left.subplots()
     minutes = [0.0] + [line["seconds"] / 60 for line in lines]
-    axis.plot(minutes, [100 * untrained["knn20"]] + [100 * line["test_knn20"] for line in lines],
-              "o-", color="#0072b2", label="student")
-    axis.axhline(100 * teacher["knn20"], color="black", linestyle="--", label="teacher")
-    axis.axhline(100 * untrained["knn20"], color="#999999", linestyle=":", label="untrained")
+    quick = evaluation.Bench(cfg, *QUICK_EVAL)  # the images of --eval_every
+    best, least = (100 * quick.evaluate(*quick.features(net), probe=False)["knn20"]
+                   for net in (teacher, model.student_of(cfg)))
+    axis.plot(minutes, [least] + [100 * line["test_knn20"] for line in lines], "o-",
+              color="#0072b2", label="student")
+    axis.axhline(best, color="black", linestyle="--", label="teacher")
+    axis.axhline(least, color="#999999", linestyle=":", label="untrained")
     axis.set(xlabel="minutes of training", ylabel="k-NN accuracy, %", ylim=(0, 103))
     axis.legend()
     axes = right.subplots(1 + len(students), SHOWN)
@@ -151,7 +154,7 @@ def main(checkpoint: str, folder: str) -> None:
     sheet(folder / "views.png", [("image", images / 255), *views])
     neighbours(folder / "neighbors.png", bench, *bench.features(objective.student))
     if cfg.eval_every:
-        progress(folder / "progress.png", cfg, bench)
+        progress(folder / "progress.png", cfg, bench, teacher)
     print(f"written to {folder}")
 
 
