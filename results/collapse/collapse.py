@@ -26,7 +26,9 @@ RUNS = {  # name -> objective, colour (Okabe and Ito)
     "fixed map": (model.Distiller, "#0072b2"),
     "trained map": (sweep.TrainedMap, "#d55e00"),
 }
-PANELS = {"loss": "loss", "similarity": "similarity of images", "test_knn20": "k-NN accuracy"}
+PANELS = {  # key of metrics.jsonl -> title, factor
+    "loss": ("loss", 1), "similarity": ("similarity of different images", 1),
+    "test_knn20": ("k-NN accuracy, %", 100)}
 
 
 def main() -> None:
@@ -40,13 +42,15 @@ def main() -> None:
             file.write_text((cfg.run_path / "metrics.jsonl").read_text())
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         lines = [line for line in lines if "test_knn20" in line]
-        for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
-            axis.plot([line["epoch"] for line in lines], [line[key] for line in lines], "o-",
-                      markersize=3, color=colour, label=name)
-            axis.set(title=title, xlabel="epoch")
+        for axis, (key, (title, factor)) in zip(axes, PANELS.items(), strict=True):
+            axis.plot([line["epoch"] for line in lines], [factor * line[key] for line in lines],
+                      "o-", markersize=3, color=colour, label=name)
+            axis.set(title=title, xlabel="epoch", xticks=range(2, 15, 4))
     axes[0].set_yscale("log")
-    axes[2].set_ylim(0, 1)
-    axes[2].legend()
+    untrained = json.loads((HERE.parent / "demo" / "eval.json").read_text())[1]
+    axes[2].axhline(100 * untrained["knn20"], color="#999999", linestyle=":", label="untrained")
+    axes[2].set_ylim(0, 103)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(HERE / "collapse.png", dpi=100)
 
 
