@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+log = logging.getLogger("distill")
 DATASETS = dict(cifar10="uoft-cs/cifar10", cifar100="uoft-cs/cifar100", shapes="")  # "": drawn
 PRESETS = {
     # The whole method on a laptop CPU in about a minute, with no network.
@@ -194,7 +195,6 @@ def parse(cls, argv, *checks):
 
 def cli(main, cls, *checks):
     """Run main(parse(cls, argv)); a UserError becomes a message and exit status 2."""
-    log = logging.getLogger("distill")
     log.setLevel(logging.INFO)
     log.handlers = [logging.StreamHandler(sys.stdout)]
     try:

@@ -9,7 +9,6 @@ fractions of the image; a box of negative width is mirrored."""
 import glob
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -30,9 +29,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from config import DATASETS, UserError, from_hub, reason, slug, write_atomically
+from config import DATASETS, UserError, from_hub, log, reason, slug, write_atomically
 
-log = logging.getLogger("distill")
 progress = partial(tqdm, leave=False, delay=2)  # a bar, after two seconds
 
 STORE_FORMAT = 6  # raise it when decoding changes: older stores are then not found

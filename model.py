@@ -10,7 +10,6 @@ PHI-S (Ranzinger et al. 2024), learned heads follow Proteus and UNIC (2024)."""
 
 import ast
 import hashlib
-import logging
 import math
 import re
 import resource
@@ -28,9 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import Config, UserError, from_hub, reason, suggestion, validate, write_atomically
-
-log = logging.getLogger("distill")
+from config import Config, UserError, from_hub, log, reason, suggestion, validate, write_atomically
 
 TEACHERS = {  # the official names -> timm's
     f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2.lvd142m"

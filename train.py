@@ -34,7 +34,7 @@ from torch.nn.utils import clip_grad_norm_
 import data
 import eval as evaluation
 import model as models
-from config import Config, EvalConfig, UserError, cli, reason, validate, write_atomically
+from config import Config, EvalConfig, UserError, cli, log, reason, validate, write_atomically
 from model import Distiller, environment
 
 STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
@@ -43,8 +43,6 @@ QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
 CHECKED, SAME = 16, 0.99  # cached targets that are compared with live ones; their least cosine
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
-
-log = logging.getLogger("distill")
 
 def learning_rate(step, steps_per_epoch, cfg):
     """Linear warm-up, then half a cosine from cfg.lr to 0."""
