@@ -1,8 +1,4 @@
-"""All settings of a run: name, default, help and limits, in one frozen dataclass.
-
-    python train.py --help                            # the list below, as flags
-    python train.py --dataset cifar10 --epochs 50     # override by name
-    python train.py --preset demo --seed 1            # a preset first, then overrides"""
+"""All settings of a run: name, default, help and limits; `python train.py --help` lists them."""
 
 import argparse
 import difflib
