@@ -1,8 +1,6 @@
 """Pixels: any image collection -> a uint8 store on disk -> batches and views.
 
-Images are decoded once, into `uint8 [I, 3, S, S]` in a file of which training reads rows. The order
-of an epoch and the crops of a view are pure functions of (seed, epoch or view, image): batch size,
-number of processes and interruptions do not change them.
+Orders and crops follow from (seed, epoch or view, image) alone, whatever the batches or processes.
 Axes: I images, B batch, T tokens, D width, S pixels of a stored image. A box is (x, y, w, h) in
 fractions of the image; a box of negative width is mirrored."""
 
