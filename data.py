@@ -187,9 +187,7 @@ def decode(cell, size, folders=("",)):
     image.draft("RGB", (size, size))  # JPEG: decode at 1/2, 1/4, 1/8 where that suffices
     with suppress(Exception):  # a broken EXIF block is no reason to lose the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    image = image.convert("RGB")
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 def decode_chunk(cells, size, folders):
