@@ -13,7 +13,6 @@ import hashlib
 import math
 import re
 import resource
-import shlex
 import subprocess
 import sys
 import zipfile
@@ -426,8 +425,7 @@ def peak_memory(device):
 def environment(device):
     """What results depend on: versions, device, and the git commit, "-dirty" if changed since."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    describe = "git -C {} describe --always --dirty --abbrev=40 --exclude='*'"
-    folder = shlex.quote(str(Path(__file__).parent))
-    failed, commit = subprocess.getstatusoutput(describe.format(folder))
+    git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True,
+                         cwd=Path(__file__).parent, capture_output=True, text=True)
     return dict(torch=torch.__version__, timm=timm.__version__, device=name,
-                commit="unknown" if failed else commit)
+                commit=git.stdout.strip() or "unknown")
