@@ -189,12 +189,6 @@ def with_labels(store, rows, count):
     rows = data.subset(found if len(found) else rows, count)
     return rows, torch.from_numpy(store.labels[rows])
 
-def table(rows):
-    """As text; columns without any value are left out."""
-    rows = pandas.DataFrame(rows).filter(COLUMNS)
-    formats = {key: COLUMNS[key].format for key in rows}
-    return rows.to_string(index=False, na_rep="", formatters=formats)
-
 def load(path, overrides):
     """A checkpoint, its Config with some settings replaced, and its student. Raises UserError."""
     saved, cfg = models.load_checkpoint(path)
@@ -226,7 +220,9 @@ def main(args):
             row |= bench.compare(saved, own, student, teacher)
         row |= models.environment(bench.device)
         rows.append(row | dict(checkpoint=path, step=saved["step"]))
-    print(table(rows))
+    formats = {key: text.format for key, text in COLUMNS.items()}
+    table = pandas.DataFrame(rows).filter(COLUMNS)
+    print(table.to_string(index=False, na_rep="", formatters=formats))
     name = f"eval-{slug(bench.dataset)}.json" if cfg.eval_dataset else "eval.json"
     Path(args.checkpoints[0]).with_name(name).write_text(json.dumps(rows, indent=1) + "\n")
     return rows
