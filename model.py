@@ -336,12 +336,10 @@ class Distiller(nn.Module):
 
     def forward(self, images, targets):
         """The student's view [B, 3, S, S] and targets [B, T, D] -> (loss, scalars for the log)."""
-        features = self.embed(self.student, images)
-        stats = dict(loss=0.0)
-        predictions = {name: self.heads[name].predict(tokens_of(features))
-                       for name, tokens_of in self.terms.items()}
-        each = targets.split([tokens.shape[1] for tokens in predictions.values()], 1)
-        for (name, prediction), target in zip(predictions.items(), each, strict=True):
+        features, stats = self.embed(self.student, images), dict(loss=0.0)
+        for name, tokens_of in self.terms.items():
+            prediction = self.heads[name].predict(tokens_of(features))
+            target, targets = targets.tensor_split([prediction.shape[1]], 1)
             stats[name] = self.term_loss(name, prediction, target)
             stats["loss"] = stats["loss"] + self.weights[name] * stats[name]
             prediction = prediction.detach()
