@@ -138,7 +138,7 @@ def data_problems(dataset):
     return [f"--dataset {dataset!r}: no folder, {', '.join(DATASETS)}, nor owner/name on the Hub"]
 
 def validate(cfg, *checks, found=()):
-    """Raise one UserError with every problem: `found`, wrong values, and those of `checks`."""
+    """cfg, or one UserError with every problem: `found`, wrong values, and those of `checks`."""
     found = list(found)
     for name, value in vars(cfg).items():
         rule = cfg.__dataclass_fields__[name].metadata
@@ -151,6 +151,7 @@ def validate(cfg, *checks, found=()):
         found += check(cfg)
     if found:
         raise UserError("\n".join(found))
+    return cfg
 
 def make_parser(options, about):
     """A parser with a flag for each of some dataclass fields; values stay text."""
@@ -185,9 +186,7 @@ def parse(cls, argv, *checks):
             found.append(f"--{name} {text}: not a number of type {flags[name].type.__name__}")
     if overrides:
         values["overrides"] = overrides
-    cfg = cls(**values)
-    validate(cfg, *checks, found=found)
-    return cfg
+    return validate(cls(**values), *checks, found=found)
 
 def cli(main, cls, *checks):
     """Run main(parse(cls, argv)); a UserError becomes a message and exit status 2."""

@@ -378,8 +378,7 @@ def load_checkpoint(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format") != FORMAT:
             raise ValueError("it is of an earlier version of this program")
-        cfg = Config(**saved["config"])
-        validate(cfg)
+        cfg = validate(Config(**saved["config"]))
         if missing := vars(cfg).keys() - saved["config"].keys():
             log.warning(f"{path} lacks {', '.join(sorted(missing))}: the defaults are taken")
     except Exception as error:
