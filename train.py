@@ -69,14 +69,12 @@ class Run:
         self.store = data.open_store(cfg, cfg.train_split, cfg.max_samples)
         self.images, self.targets = self.store.images, []
         self.steps_per_epoch = -(-len(self.store) // cfg.batch_size)
-        self.total_steps = cfg.epochs * self.steps_per_epoch
         self.objective = objective(models.student_of(cfg).train(), teacher, cfg).to(device)
         groups = parameter_groups(self.objective, cfg.weight_decay)
         self.optimiser = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.bench = evaluation.Bench(cfg, *QUICK_EVAL) if cfg.eval_every and rank == 0 else None
         self.history = []  # the lines of metrics.jsonl
-        # What may not change when the run is continued.
         self.fixed = dict(objective=objective.__qualname__, images=self.store.fingerprint,
                           weights=teacher.fingerprint, **cfg.settings(free=False))
 
@@ -115,7 +113,7 @@ def start(run):
     rows = np.arange(CHECKED) % len(run.store)
     expected = run.objective.targets(next(embed_stored(run, 0, [rows])))
     compile_networks(run)  # after that, as every other number of images is compiled anew
-    if cfg.teacher_views and step < run.total_steps:
+    if cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch:
         cache_targets(run, cache_folder(run), rows, expected)
     run.logged_at = run.saved_at = monotonic()
     return step
@@ -242,7 +240,6 @@ def read_rows(images, codes, rows):
 def train_step(run, images, codes, index, epoch, view, step):
     """One step on stored images [B, 3, S, S] and cached targets, or None; returns statistics."""
     cfg, objective, optimiser, scaler = run.cfg, run.objective, run.optimiser, run.scaler
-    # Dropout, masks and the like follow from the step: a continued run repeats them.
     torch.manual_seed(cfg.seed * 2**32 + step * run.world + run.rank)
     if codes is None:
         targets = objective.targets(embed_view(run, images, view, index))
