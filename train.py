@@ -35,7 +35,6 @@ import data
 import eval as evaluation
 import model as models
 from config import Config, EvalConfig, UserError, cli, log, reason, validate, write_atomically
-from model import Distiller, environment
 
 STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
 SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
@@ -130,7 +129,7 @@ def open_log(run):
     log.setLevel(logging.INFO if run.rank == 0 else logging.ERROR)
     if run.rank == 0:
         log.addHandler(logging.FileHandler(run.cfg.run_path / "train.log"))
-    log.info(f"{run.cfg}\n{environment(run.device)}, {run.dtype}, {run.world} processes\n"
+    log.info(f"{run.cfg}\n{models.environment(run.device)}, {run.dtype}, {run.world} processes\n"
              f"{len(run.store)} images of {run.store.size} px\n"
              f"teacher: {run.teacher}\nstudent: {run.objective.student}")
 
@@ -360,7 +359,7 @@ def must_stop(run, step, received):
     dist.all_reduce(flag)
     return bool(flag)
 
-def main(cfg: Config, objective=Distiller) -> dict:
+def main(cfg: Config, objective=models.Distiller) -> dict:
     """Train; returns the last metrics, with eval_at_end also the evaluation's rows.
     Raises UserError for what the user can fix, SystemExit(128 + signal) when stopped."""
     validate(cfg, models.problems)
