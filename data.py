@@ -38,7 +38,6 @@ ORDER, VIEW = range(2)  # keep the random numbers of epochs and views apart
 THREADS = min(16, os.cpu_count() or 1)  # that decode and read
 LABEL_COLUMNS = "label", "fine_label", "cls"
 FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # of Pillow's; EPS runs programs
-TABLES = ".parquet", ".arrow"  # a folder with one of these is for `datasets`
 SPLITS = dict(  # a split -> what it may be called, the first that is there
     train=["train", "training"],
     test=["test", "testing", "validation", "valid", "val", "dev"])
@@ -81,7 +80,7 @@ def list_files(folder):
     paths = {name: os.path.join(folder, name) for name in names}
     files = {name: os.path.getsize(path) for name, path in paths.items() if os.path.isfile(path)}
     images = {name: size for name, size in files.items() if is_image(name)}
-    has_tables = any(name.endswith(TABLES) for name in files)
+    has_tables = any(name.endswith((".parquet", ".arrow")) for name in files)
     return images if images and not has_tables else files
 
 def is_image(name):
