@@ -151,15 +151,11 @@ def student_arguments(text):
             arguments[name] = value  # a word
     return arguments
 
-def teacher_spec(name):
-    """Teacher name -> timm name and arguments."""
-    return TEACHERS.get(name, name), TEACHER_ARGS.get(name, {})
-
 def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     """The frozen teacher, in eval mode; attribute fingerprint names its weights. Raises UserError.
     name: an official DINOv2 name, "demo", or any timm model. weights: a file of the official
     release or of timm, "" for the Hub. DINOv2 features equal the official code's at every size."""
-    timm_name, arguments = teacher_spec(name)
+    timm_name, arguments = TEACHERS.get(name, name), TEACHER_ARGS.get(name, {})
     timm_arguments(timm_name, image_size, arguments)  # raises before anything is downloaded
     if name == "demo":
         weights = weights or str(DEMO_TEACHER)
@@ -195,7 +191,8 @@ def problems(cfg):
     for side in ("teacher", "student"):
         name, size = getattr(cfg, side), getattr(cfg, f"{side}_size")
         try:
-            device, (timm_name, arguments) = "meta", teacher_spec(name)
+            device, timm_name = "meta", TEACHERS.get(name, name)
+            arguments = TEACHER_ARGS.get(name, {})
             if side == "student":  # with values: some arguments fail only on these
                 device, timm_name, arguments = "cpu", name, student_arguments(cfg.student_args)
             with torch.device(device):

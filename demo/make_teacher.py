@@ -33,7 +33,7 @@ JITTERED_ALIKE = 8  # images
 def main() -> None:
     torch.manual_seed(0)
     model.pick_device("cpu")
-    name, arguments = model.teacher_spec("demo")
+    name, arguments = model.TEACHERS["demo"], model.TEACHER_ARGS["demo"]
     size = arguments["img_size"]
     images = torch.from_numpy(np.stack([draw_shape(SEED, i, size)[0] for i in range(IMAGES)]))
     images, labels = images.permute(0, 3, 1, 2), torch.arange(IMAGES) % len(OUTLINES)
