@@ -87,11 +87,7 @@ def is_image(name):
     return Image.registered_extensions().get(Path(name).suffix.lower()) in FORMATS
 
 def image_splits(names):
-    """Relative names of image files -> split -> name -> class, or None.
-
-        train/cat/1.jpg  test/cat/2.jpg      splits and classes, also Train, testing, val
-        cat/1.jpg  dog/2.jpg  train/3.jpg    classes: one of them happens to be called train
-
+    """Relative names of image files, as train/cat/1.jpg -> split -> name -> class, or None.
     Top folders are splits if all of them, or two of them, are named as in SPLITS. The next folder
     is the class. The split of images beside split folders is ""."""
     root = os.path.commonpath([os.path.dirname(name) for name in names])
