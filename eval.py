@@ -192,10 +192,9 @@ def with_labels(store, rows, count):
 def load(path, overrides):
     """A checkpoint, its Config with some settings replaced, and its student. Raises UserError."""
     saved, cfg = models.load_checkpoint(path)
-    settings = overrides | dict(student_weights="")
     if not Path(cfg.cache_dir, "stores").is_dir():  # a stranger's file does not choose new places
-        settings = dict(cache_dir=Config.cache_dir) | settings
-    cfg = replace(cfg, **settings)
+        cfg = replace(cfg, cache_dir=Config.cache_dir)
+    cfg = replace(cfg, **overrides | dict(student_weights=""))
     models.pick_device(cfg.device)  # before students are made
     validate(cfg, lambda cfg: data_problems(cfg.eval_dataset or cfg.dataset))
     return saved, cfg, models.student_of(cfg, saved["student"])
