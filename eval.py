@@ -5,8 +5,7 @@
     python eval.py runs/x/checkpoint_latest.pth --eval_dataset owner/name  # on other data
 
 Embeddings of whole images are classified by k-NN (DINO, Caron et al. 2021) and a linear probe
-(DINOv2's logistic regression, its strength chosen on part of train). Prints a table and writes
-eval.json next to the first checkpoint. Axes: I training images, Q test images, D width."""
+(DINOv2's logistic regression). Axes: I training images, Q test images, D width."""
 
 import json
 from dataclasses import replace
@@ -200,7 +199,7 @@ def load(path, overrides):
     return saved, cfg, models.student_of(cfg, saved["student"])
 
 def main(args):
-    """Evaluate checkpoints, the first one's teacher and its untrained student; returns the rows."""
+    """Rows of checkpoints, the first one's teacher and untrained student; also in eval.json."""
     loaded = [load(path, args.overrides) for path in args.checkpoints]
     cfg = loaded[0][1]
     bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
