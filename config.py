@@ -153,12 +153,14 @@ def validate(cfg, *checks, found=()):
         raise UserError("\n".join(found))
     return cfg
 
-def make_parser(options, about):
-    """A parser with a flag for each of some dataclass fields; values stay text."""
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, exit_on_error=False,
-                                     argument_default=argparse.SUPPRESS)
-    for option in options:
-        name, text = option.name, f"{option.metadata['help']} (default: {option.default!r})"
+def parse(cls, argv, *checks):
+    """Command line -> a validated Config or EvalConfig: the preset first, then the flags."""
+    own = {option.name: option for option in fields(cls) if option.metadata}
+    flags = {option.name: option for option in fields(Config) if option.metadata["free"]} | own
+    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
+                                     exit_on_error=False, argument_default=argparse.SUPPRESS)
+    for name, option in flags.items():  # values stay text, so that every wrong one is reported
+        text = f"{option.metadata['help']} (default: {option.default!r})"
         if option.type is tuple:
             parser.add_argument(name, nargs="+", help=text)
         elif option.type is bool:
@@ -167,13 +169,7 @@ def make_parser(options, about):
         else:
             kind = "|".join(option.metadata["choices"]) or option.type.__name__
             parser.add_argument(f"--{name}", metavar=kind.upper(), help=text)
-    return parser
-
-def parse(cls, argv, *checks):
-    """Command line -> a validated Config or EvalConfig: the preset first, then the flags."""
-    own = {option.name: option for option in fields(cls) if option.metadata}
-    flags = {option.name: option for option in fields(Config) if option.metadata["free"]} | own
-    given, unknown = make_parser(flags.values(), cls.__doc__).parse_known_args(argv)
+    given, unknown = parser.parse_known_args(argv)
     found = []
     for word in [word for word in unknown if word.startswith("-")] or unknown:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
