@@ -125,9 +125,9 @@ def slug(name):
     """A path's last part, or any name, as part of a file name."""
     return re.sub(r"[^\w.]+", "_", Path(name).resolve().name).lower()[-60:] if name else ""
 
-def suggestion(name, known):
+def suggestion(name, known, dashes=""):
     """'; did you mean x or y?', or nothing."""
-    close = difflib.get_close_matches(name, list(known))
+    close = [dashes + match for match in difflib.get_close_matches(name, list(known))]
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 def data_problems(dataset):
@@ -135,7 +135,7 @@ def data_problems(dataset):
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset)
     if dataset in DATASETS or on_hub or (dataset and Path(dataset).is_dir()):
         return []
-    return [f"--dataset {dataset!r}: no folder, {', '.join(DATASETS)}, nor owner/name on the Hub"]
+    return [f"no data set {dataset!r}: give a folder, owner/name on the Hub, {', '.join(DATASETS)}"]
 
 def validate(cfg, *checks, found=()):
     """cfg, or one UserError with every problem: `found`, wrong values, and those of `checks`."""
@@ -167,13 +167,13 @@ def parse(cls, argv, *checks):
             parser.add_argument(f"--{name}", action="store_true", help=text)
             parser.add_argument(f"--no_{name}", dest=name, action="store_false")
         else:
-            kind = "|".join(option.metadata["choices"]) or option.type.__name__
-            parser.add_argument(f"--{name}", metavar=kind.upper(), help=text)
+            choices = "|".join(filter(None, option.metadata["choices"]))
+            parser.add_argument(f"--{name}", metavar=choices or option.type.__name__, help=text)
     given, unknown = parser.parse_known_args(argv)
     found = []
     for word in [word for word in unknown if word.startswith("-")] or unknown:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
-        found.append(f"unknown {word}{suggestion(ALIASES.get(name, name), flags)}")
+        found.append(f"unknown {word}{suggestion(ALIASES.get(name, name), flags, '--')}")
     values, overrides = dict(PRESETS.get(getattr(given, "preset", ""), {})), {}
     for name, text in vars(given).items():
         try:
@@ -217,10 +217,10 @@ def reason(error):
     """The root cause of an error, on one line; libraries wrap what happened."""
     while error.__cause__:
         error = error.__cause__
-    text = " ".join(str(error)[:500].split())
+    text = "".join(filter(str.isprintable, " ".join(str(error)[:500].split())))
     if "weights_only" in text:  # torch advises to load untrusted pickles
         return "not a file of plain weights"
-    return f"{type(error).__name__}: {''.join(filter(str.isprintable, text))}"
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 def from_hub(what, instead, load, *arguments, **options):
     """load(*arguments, **options), which may download. Raises UserError.

@@ -72,7 +72,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
             "--student vit_smal_patch16_224 --cls_weight 0 --patch_weight 0")
     with pytest.raises(UserError) as error:
         parse(Config, argv.split(), model.problems)
-    for expected in ("cifar10", "epochs", "did you mean lr", "cosine", "--lr fast",
+    for expected in ("cifar10", "epochs", "did you mean --lr", "cosine", "--lr fast",
                      "vit_small_patch16_224", "nothing would be learned"):
         assert expected in str(error.value)
 
@@ -83,7 +83,7 @@ def test_flags_override_the_preset_and_no_resume_is_a_switch():
 
 
 def test_the_preset_for_own_images_needs_a_data_set():
-    with pytest.raises(UserError, match="--dataset ''"):
+    with pytest.raises(UserError, match="no data set ''"):
         parse(Config, ["--preset", "hf"], model.problems)
 
 

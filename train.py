@@ -141,7 +141,7 @@ def restore(run, saved):
     if saved["scaler"]:  # of a run in fp16; --precision may have changed since
         run.scaler.load_state_dict(saved["scaler"])
     log.info(f"continuing at step {saved['step']}")
-    if saved["commit"] != environment(run.device)["commit"]:
+    if saved["commit"] != models.environment(run.device)["commit"]:
         log.warning(f"the checkpoint was written at commit {saved['commit']}")
 
 def compile_networks(run):
@@ -239,6 +239,7 @@ def read_rows(images, codes, rows):
 def train_step(run, images, codes, index, epoch, view, step):
     """One step on stored images [B, 3, S, S] and cached targets, or None; returns statistics."""
     cfg, objective, optimiser, scaler = run.cfg, run.objective, run.optimiser, run.scaler
+    # Dropout, masks and the like follow from the step: a continued run repeats them.
     torch.manual_seed(cfg.seed * 2**32 + step * run.world + run.rank)
     if codes is None:
         targets = objective.targets(embed_view(run, images, view, index))

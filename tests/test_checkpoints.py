@@ -288,8 +288,8 @@ def paths_in(folder: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("wish, words", [
-    (dict(dataset="outside.py"), "nor owner/name on the Hub"),
-    (dict(dataset="https://example.org/x"), "nor owner/name on the Hub"),
+    (dict(dataset="outside.py"), "owner/name on the Hub"),
+    (dict(dataset="https://example.org/x"), "owner/name on the Hub"),
     (dict(student="hf-hub:some/one"), "not a model of timm"),
     (dict(student="local-dir:/outside"), "not a model of timm"),
     (dict(student_args="pretrained=True"), "for weights see --student_weights"),
