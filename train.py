@@ -155,8 +155,9 @@ def compile_networks(run):
             log.warning(f"not compiled: {reason(error)}")
             return
         run.objective.compile(mode="reduce-overhead" if cuda else None)
-        for block in getattr(run.teacher.net, "blocks", []):
-            block.compile(dynamic=False)
+        if hasattr(run.teacher.net, "cls_token"):  # a ViT, whose blocks are alike and compile once
+            for block in getattr(run.teacher.net, "blocks", []):
+                block.compile(dynamic=False)
 
 def cache_folder(run):
     """The folder of the cached targets: its name is a hash of what determines them."""
