@@ -71,8 +71,8 @@ class Config:
     student_size: int = fixed(96, "pixels the student sees; a multiple of its patch", 8, 4096)
     pool: str = fixed("cls", "embed by class token, or mean of patches", choices=("cls", "mean"))
     # loss
-    head: str = fixed("auto", "pca, frozen: fixed map on principal, random axes; linear: trained; "
-                      "auto = pca for ViTs", choices=("auto", "pca", "frozen", "linear"))
+    head: str = fixed("auto", "pca, frozen: map on principal, random axes; linear: trained; auto: "
+                      "pca for ViTs, else linear", choices=("auto", "pca", "frozen", "linear"))
     loss: str = fixed("cosine", "distance to the target", choices=("cosine", "mse"))
     cls_weight: float = fixed(1.0, "weight of the [CLS] loss", 0)
     patch_weight: float = fixed(0.5, "weight of the patch loss", 0)
@@ -92,7 +92,7 @@ class Config:
                           "fp32", choices=("auto", "bf16", "fp16", "fp32"))
     compile: str = free("auto", "torch.compile; auto = on CUDA", choices=("auto", "on", "off"))
     log_every: int = free(50, "steps between log lines", 1)
-    save_every: int = free(10, "keep a checkpoint every N epochs, and of the first and last", 0)
+    save_every: int = free(10, "keep a checkpoint every N epochs, and always the first and last", 0)
 
     @property
     def run_path(self):
@@ -198,7 +198,7 @@ def cli(main, cls, *checks):
         sys.exit(2)
 
 def write_atomically(path, write):
-    """Run write(temporary path), which makes a file or folder, and rename that into place."""
+    """Run write(temporary path) to make a file or folder, and rename it. Raises UserError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
@@ -206,9 +206,7 @@ def write_atomically(path, write):
         os.fsync(descriptor)
         os.close(descriptor)
         os.replace(temporary, path)
-    except UserError:
-        raise
-    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+    except OSError as error:  # such as a full disk
         if temporary.is_file():
             temporary.unlink()
         raise UserError(f"cannot write {path}: {reason(error)}") from error

@@ -192,7 +192,7 @@ def decode_chunk(cells, size, folders):
         try:
             decoded.append(decode(cell, size, folders))
         except Exception as error:  # PIL raises nearly anything on hostile bytes
-            why = reason(error).split(" <_io")[0]
+            why = reason(error).split(" <_io")[0]  # PIL appends the address of a BytesIO
             decoded.append(f"{(cell or {}).get('path')}: {why}")
     return decoded
 
@@ -287,9 +287,9 @@ def subset(rows, count):
     order = np.random.default_rng(0).permutation(rows)
     return np.sort(order[: count or None])
 
-def epoch_order(images, seed, epoch):
-    """The images of an epoch, in order: a permutation from (seed, epoch)."""
-    return np.random.default_rng([seed, ORDER, epoch]).permutation(images)
+def epoch_order(count, seed, epoch):
+    """The rows of an epoch, int64 [I]: a permutation of range(count) from (seed, epoch)."""
+    return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 def batch_rows(order, batch_size, rank=0, world=1):
     """A process's share: int64 [batches, batch_size / world]; the last is filled from the front."""
@@ -297,11 +297,11 @@ def batch_rows(order, batch_size, rank=0, world=1):
     return np.resize(order, (batches, world, batch_size // world))[:, rank]
 
 @lru_cache(2)
-def view_boxes(seed, view, images, crop_scale):
+def view_boxes(seed, view, count, crop_scale):
     """View `view` of every image: a random crop and flip, boxes float32 [I, 4]. The area is uniform
     from crop_scale to 1, the aspect ratio from 3/4 to 4/3, sides are clipped to the image, half of
     the boxes are mirrored. Row i does not depend on the number of images."""
-    random = np.random.default_rng([seed, VIEW, view]).random((images, 5), np.float32)
+    random = np.random.default_rng([seed, VIEW, view]).random((count, 5), np.float32)
     area, ratio, x, y, side = torch.from_numpy(random).unbind(1)
     area, ratio = crop_scale + (1 - crop_scale) * area, (4 / 3) ** (2 * ratio - 1)
     w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)

@@ -47,9 +47,9 @@ def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int = K) -> T
 
 def fit_probe(x, y, C, w, tolerance=1e-5):
     """Multinomial logistic regression: weights and bias [classes, D + 1], the bias last.
-    x: float [I, D], standardised. Minimises mean cross-entropy + |W|^2 / (2 C I), bias free, as
-    scikit-learn's LogisticRegression(C): by full-batch L-BFGS from w, until no entry of the
-    gradient is above tolerance."""
+    x: float [I, D], standardised. Minimises mean cross-entropy + |W|^2 / (2 C I), without a penalty
+    on the bias, as scikit-learn's LogisticRegression(C): by full-batch L-BFGS from w, until no
+    entry of the gradient is above tolerance."""
     w = w.to(x, copy=True).requires_grad_()
     optimiser = torch.optim.LBFGS([w], max_iter=1000, tolerance_grad=tolerance,
                                   tolerance_change=1e-10, line_search_fn="strong_wolfe")
@@ -95,10 +95,10 @@ def effective_rank(features):
 
 class Bench:
     """Training and test images of cfg.eval_dataset, else of the training data, to evaluate on.
-    Without a test split a tenth of the training images is held out of k-NN and probe. Without
-    labels images are not used, unless a split has no labels at all."""
+    Without a test split a tenth of the training images is held out of k-NN and probe. Images
+    without a label are left out, unless a split has no labels at all: then none is classified."""
     def __init__(self, cfg, max_train=0, max_test=0):
-        if cfg.eval_dataset:  # subset, split and column settings belong to the training data
+        if cfg.eval_dataset:  # these other settings belong to the training data
             cfg = replace(cfg, dataset=cfg.eval_dataset, image_column=cfg.eval_column,
                           train_split="train", max_samples=0, dataset_config="")
         self.dataset, self.device = cfg.dataset, models.pick_device(cfg.device)
@@ -151,9 +151,9 @@ class Bench:
 
     @torch.inference_mode()
     def compare(self, saved, cfg, student, teacher):
-        """Mean cosine of predictions and targets on test images: of a Distiller and its teacher."""
-        fixed = saved["fixed"]
-        if (fixed["objective"], fixed["weights"]) != ("Distiller", teacher.fingerprint):
+        """Mean cosine of predictions and targets on test images; {} for forks, other teachers."""
+        fixed, now = saved["fixed"], ("Distiller", teacher.fingerprint, teacher.image_size)
+        if (fixed["objective"], fixed["weights"], fixed["teacher_size"]) != now:
             return {}
         objective, found = models.Distiller(student, teacher, cfg).eval().to(self.device), []
         objective.load_state_dict(saved["objective"])
@@ -194,8 +194,8 @@ def load(path, overrides):
     if not Path(cfg.cache_dir, "stores").is_dir():  # a stranger's file does not choose new places
         cfg = replace(cfg, cache_dir=Config.cache_dir)
     cfg = replace(cfg, **overrides | dict(student_weights=""))
-    models.pick_device(cfg.device)  # before students are made
     validate(cfg, lambda cfg: data_problems(cfg.eval_dataset or cfg.dataset))
+    models.pick_device(cfg.device)  # before students are made
     return saved, cfg, models.student_of(cfg, saved["student"])
 
 def main(args):

@@ -18,6 +18,7 @@ import sys
 import zipfile
 from dataclasses import asdict
 from functools import cache, partial
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,13 +130,13 @@ def build_student(name: str, image_size: int, pool: str = "cls", weights: str = 
     student.arguments = arguments
     return student
 
-def student_of(cfg, weights=None):
-    """The student of a config: with a checkpoint's weights, or as it is before training."""
+def student_of(cfg, state=None):
+    """The student of a config: with a checkpoint's state dict, or as it is before training."""
     torch.manual_seed(cfg.seed)
     student = build_student(cfg.student, cfg.student_size, cfg.pool, cfg.student_weights,
                             **student_arguments(cfg.student_args))
-    if weights:
-        student.net.load_state_dict(weights)
+    if state:
+        student.net.load_state_dict(state)
     return student
 
 def student_arguments(text):
@@ -184,7 +185,6 @@ def official_position_table(table, grid):
     patches = F.interpolate(patches, scale_factor=(grid[0] + 0.1) / G, mode="bicubic")
     return torch.cat([table[:, :1], patches.flatten(2).mT], 1)
 
-@cache  # `parse` calls it, and `train.main` again
 def problems(cfg):
     """What is wrong with a Config, found before anything is downloaded or written."""
     found = cfg.problems()
@@ -277,7 +277,7 @@ TERMS = dict(cls=lambda features: features.cls[:, None], patch=lambda features: 
 class Distiller(nn.Module):
     """The objective: student, a head for each term, and the loss, as one module.
     A fork is a subclass: `train.main(cfg, objective=Fork)`. What it registers (parameters, buffers,
-    modules) is saved and restored. torch is seeded at every step: a continued run repeats it."""
+    modules) is saved and restored, of several processes rank 0's. torch is seeded at every step."""
     terms = TERMS
 
     def __init__(self, student, teacher, cfg):
@@ -311,12 +311,11 @@ class Distiller(nn.Module):
 
     def fit(self, teacher_features):
         """Fit the heads on an iterable of the teacher's Features."""
-        collected = {name: [] for name in self.terms}
+        collected, generator = {name: [] for name in self.terms}, torch.Generator().manual_seed(0)
         for features in map(self.on_student_grid, teacher_features):
             for name, tokens_of in self.terms.items():
                 tokens = tokens_of(features).float()
-                last = tokens.shape[1] - 1
-                some = torch.linspace(0, last, min(last + 1, TOKENS_PER_IMAGE)).round().long()
+                some = torch.randperm(tokens.shape[1], generator=generator)[:TOKENS_PER_IMAGE]
                 collected[name].append(tokens[:, some].flatten(0, 1))
         for name, head in self.heads.items():
             head.fit(torch.cat(collected[name]))
@@ -332,20 +331,19 @@ class Distiller(nn.Module):
         return self.distance(prediction, target).mean()
 
     def forward(self, images, targets):
-        """The student's view [B, 3, S, S] and targets [B, T, D] -> (loss, scalars for the log)."""
+        """Student's view [B, 3, s, s] and targets [B, T, D] -> (loss, 0-d tensors for the log)."""
         features, stats = self.embed(self.student, images), dict(loss=0.0)
-        for name, tokens_of in self.terms.items():
-            prediction = self.heads[name].predict(tokens_of(features))
-            target, targets = targets.tensor_split([prediction.shape[1]], 1)
+        predictions = [self.heads[name].predict(of(features)) for name, of in self.terms.items()]
+        parts = targets.split([prediction.shape[1] for prediction in predictions], 1)
+        for name, prediction, target in zip(self.terms, predictions, parts, strict=True):
             stats[name] = self.term_loss(name, prediction, target)
             stats["loss"] = stats["loss"] + self.weights[name] * stats[name]
-            prediction = prediction.detach()
-            stats[f"cos_{name}"] = 1 - cosine_loss(prediction, target).mean()
-            stats.setdefault("similarity", mean_similarity(prediction[:, 0]))  # of the first term
+            stats[f"cos_{name}"] = 1 - cosine_loss(prediction.detach(), target).mean()
+        stats["similarity"] = mean_similarity(predictions[0][:, 0].detach())  # of the first term
         return stats["loss"], stats
 
     def after_step(self, step):
-        """Called after every optimiser step: averages, queues."""
+        """Called after optimiser step `step`, counted from 0: averages, queues."""
 
     @property
     def evaluated(self):
@@ -364,7 +362,8 @@ def save_checkpoint(path, run, step):
         student=run.objective.evaluated.net.state_dict(), objective=run.objective.state_dict(),
         optimiser=run.optimiser.state_dict(), scaler=run.scaler.state_dict(), fixed=run.fixed,
         config=asdict(run.cfg), commit=environment(run.device)["commit"])
-    write_atomically(path, partial(torch.save, state))
+    torch.save(state, buffer := BytesIO())
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 def load_checkpoint(path):
     """What `save_checkpoint` wrote -> (its contents, its Config). Runs no code from the file.

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.optim import param_groups_weight_decay
 from torch.nn.utils import clip_grad_norm_
 
@@ -58,7 +58,7 @@ def parameter_groups(module, weight_decay):
 
 class Run:
     """What the loop works with. images: uint8 [I, 3, S, S]. targets: for each cached view, codes
-    int8 [I, T, D + 2]. Both are read from files, or are on the GPU where they fit."""
+    int8 [I, T, D + 2]. Both are read from files; on a GPU both move there if they fit."""
     def __init__(self, cfg, objective, device, rank, world):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.dtype = models.pick_dtype(cfg.precision, device)
@@ -72,7 +72,7 @@ class Run:
         groups = parameter_groups(self.objective, cfg.weight_decay)
         self.optimiser = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.bench = evaluation.Bench(cfg, *QUICK_EVAL) if cfg.eval_every and rank == 0 else None
+        self.bench = evaluation.Bench(cfg, *QUICK_EVAL) if cfg.eval_every else None
         self.history = []  # the lines of metrics.jsonl
         self.fixed = dict(objective=objective.__qualname__, images=self.store.fingerprint,
                           weights=teacher.fingerprint, **cfg.settings(free=False))
@@ -89,7 +89,7 @@ def start(run):
     if run.rank == 0 and cfg.resume and latest.exists():
         saved, own = models.load_checkpoint(latest)
         refuse_changes(f"{path} holds a run with other settings; see --run_dir and --no_resume",
-                       own.settings(free=False) | saved["fixed"], run.fixed)
+                       own.settings(free=False) | saved["fixed"], run.fixed)  # the defaults first
     if run.world > 1:
         shared = [saved, run.fixed]
         dist.broadcast_object_list(shared, 0)
@@ -106,12 +106,12 @@ def start(run):
     else:
         rows = data.epoch_order(len(run.store), cfg.seed, 0)[:STAT_IMAGES]
         run.objective.fit(embed_stored(run, 0, data.chunks(rows), "fitting the heads"))
-        for buffer in run.objective.heads.buffers() if run.world > 1 else ():
+        for buffer in run.objective.buffers() if run.world > 1 else ():  # one has all it needs
             dist.broadcast(buffer, 0)
     step = saved["step"] if saved else 0
     rows = np.arange(CHECKED) % len(run.store)
     expected = run.objective.targets(next(embed_stored(run, 0, [rows])))
-    compile_networks(run)  # after that, as every other number of images is compiled anew
+    compile_networks(run)  # only now: it would compile for the 64 and 16 images above, too
     if cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch:
         cache_targets(run, cache_folder(run), rows, expected)
     run.logged_at = run.saved_at = monotonic()
@@ -174,8 +174,9 @@ def cache_targets(run, folder, rows, expected):
     heads are stored with the cache. As the code may have changed since, the targets of some rows of
     view 0 are compared with those expected now. Raises UserError where they differ."""
     heads = folder / "heads.safetensors"
-    buffers = {name: value.cpu() for name, value in run.objective.heads.named_buffers()}
-    data.make_once(heads, partial(save_file, buffers))
+    # Without those of a map that trains, such as a batch norm's.
+    buffers = {k: v.cpu() for k, v in run.objective.heads.named_buffers() if ".predict." not in k}
+    data.make_once(heads, lambda temporary: temporary.write_bytes(save(buffers)))
     run.objective.heads.load_state_dict(load_file(heads), strict=False)
 
     shape = len(run.store), expected.shape[1], expected.shape[2] + 2
@@ -189,7 +190,7 @@ def cache_targets(run, folder, rows, expected):
     run.targets = [data.RowFile(file, torch.int8, shape) for file in files]
 
     cached, expected = data.dequantise(run.targets[0][rows]), expected.cpu()
-    # |a - b|^2 = 2 - 2 cos for unit vectors: at each token place the mean cosine is at least SAME.
+    # |a - b|^2 = (2 - 2 cos) |b|^2 if |a| = |b|: at each token place the mean cosine is >= SAME.
     distance, length = [x.square().sum((0, 2)) for x in (cached - expected, expected)]
     if (distance > 2 * (1 - SAME) * length).any():
         raise UserError(f"{folder} holds other targets than those of the code now: delete it")
@@ -273,7 +274,7 @@ def average_gradients(module, world):
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
-def report(run, step, recent):
+def report(run, step, recent, stopping):
     """Average, check and log the statistics of recent steps; evaluate at an epoch's end.
     Here alone the host waits for the GPU."""
     cfg, seconds = run.cfg, monotonic() - run.logged_at
@@ -291,7 +292,7 @@ def report(run, step, recent):
     run.history.append(line)
     if run.rank > 0:
         return
-    if cfg.eval_every and line["epoch"] % cfg.eval_every == 0:
+    if cfg.eval_every and line["epoch"] % cfg.eval_every == 0 and not stopping:
         quick = run.bench.evaluate(*run.bench.features(run.objective.evaluated), probe=False)
         line |= {f"test_{name}": value for name, value in quick.items()}
         run.objective.student.train()
@@ -300,7 +301,7 @@ def report(run, step, recent):
     lines = "".join(json.dumps(line) + "\n" for line in run.history)
     write_atomically(cfg.run_path / "metrics.jsonl", lambda path: path.write_text(lines))
 
-def save(run, step, stopping):
+def save_due(run, step, stopping):
     """Write checkpoint_epoch_N.pth if it is to be kept, then checkpoint_latest.pth if it is due."""
     cfg, epoch = run.cfg, step / run.steps_per_epoch
     kept = epoch in (1, cfg.epochs) or (cfg.save_every and epoch % cfg.save_every == 0)
@@ -317,8 +318,8 @@ def export(run):
                image_size=cfg.student_size, mean=student.mean.flatten().tolist(),
                std=student.std.flatten().tolist())
     weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
-    write_atomically(cfg.run_path / "student.safetensors",
-                     partial(save_file, weights, metadata=dict(student=json.dumps(how))))
+    content = save(weights, metadata=dict(student=json.dumps(how)))
+    write_atomically(cfg.run_path / "student.safetensors", lambda path: path.write_bytes(content))
 
 @contextmanager
 def processes(cfg):
@@ -380,10 +381,10 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                     step += 1
                     stopping = must_stop(run, step, received)
                     if step % cfg.log_every == 0 or step % run.steps_per_epoch == 0 or stopping:
-                        report(run, step, recent)
+                        report(run, step, recent, stopping)
                         recent.clear()
                         if rank == 0:
-                            save(run, step, stopping)
+                            save_due(run, step, stopping)
                     if stopping:
                         log.info(f"stopped after step {step}; run the same command to continue")
                         if world > 1:

@@ -3,7 +3,8 @@
     python examples/forks/jitter.py --preset demo --run_dir runs/jitter
 
 The colours of an image follow from (seed, view, image): both networks see the same ones, at their
-own sizes, and a view that is cached looks the same in every epoch.
+own sizes, and a view that is cached looks the same in every epoch. The cache does not see STRENGTH:
+delete cache/targets after changing it.
 """
 
 import sys

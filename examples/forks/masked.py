@@ -29,8 +29,8 @@ class Masked(model.Distiller):
         student.net.patch_embed.register_forward_hook(self.hide)
 
     def hide(self, module, inputs, tokens):
-        """tokens [B, N, D] of the patch embedding -> the same with some replaced."""
-        if module.training:
+        """tokens [B, N, D] of the patch embedding -> the same with some replaced in training."""
+        if module.training:  # else the hook returns None, which leaves the tokens as they are
             self.hidden = torch.rand(tokens.shape[:2], device=tokens.device) < SHARE
             return torch.where(self.hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
 

@@ -3,7 +3,8 @@
     python examples/forks/middle.py --preset demo --run_dir runs/middle
 
 `embed` returns one field more, and `terms` has an entry for it: head, loss, log line and cache
-follow. Only for ViTs.
+follow. The last norm is applied to the middle layer too, as the blocks' outputs are not normalised.
+Only for ViTs.
 """
 
 import sys
