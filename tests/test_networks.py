@@ -51,16 +51,14 @@ def test_statistics_of_the_heads_use_places_all_over_the_grid():
         def fit(self, features):
             places.append({int(place) for place in features[:, 0]})
 
-    for side in (4, 6, 8, 12, 16):
+    for side in (4, 6, 7, 8, 14, 16):
         places = []
         _, distiller = demo_distiller()
         distiller.heads["cls"] = distiller.heads["patch"] = Places("pca", 48, 96)
         distiller.teacher_grid = distiller.student.grid = (side, side)
         tokens = torch.arange(side * side).float()[None, :, None].expand(2, -1, 96)
-        distiller.fit([model.Features(tokens[:, 0], tokens)])
-        rows, columns = ({f(place, side) for place in places[-1]}
-                         for f in (int.__floordiv__, int.__mod__))
-        assert len(rows) >= 4 and len(columns) >= 4
+        distiller.fit([model.Features(tokens[:, 0], tokens)] * 64)  # as many batches as in a run
+        assert len(places[-1]) > 0.8 * side * side
 
 
 @pytest.mark.parametrize("changes", [dict(precision="bf16"), dict(precision="fp16"),

@@ -4,8 +4,8 @@
 
 The CLS loss becomes KL(softmax(t Q / 0.07), softmax(s Q / 0.07)) for unit vectors t of the teacher,
 s of the student, and a queue Q of the teacher's last embeddings. The queue is a buffer of the
-objective, so that checkpoints hold it, and moves on in `after_step`. Each of several processes has a
-queue of its own images; a continued run starts all of them from rank 0's.
+objective, so that checkpoints hold it, and moves on in `after_step`. Several processes have a
+queue each, of their own images; a continued run starts all of them from rank 0's.
 """
 
 import sys
