@@ -6,8 +6,8 @@ views.png: training images as they are stored, and the crops of them in the cach
 patches.png: three principal components of the patch embeddings as a colour, teacher and student in
 one basis. neighbors.png: test images, and the training images that the student finds most alike,
 framed green where the class is the same and orange where it is not. progress.png, of a run with
---eval_every 1: k-NN accuracy against minutes, and the nearest neighbour of the same test images
-before training, after one epoch and at the end.
+--eval_every 1: k-NN accuracy against minutes, and the nearest neighbour of the first test image of
+each class, for the untrained student, after one epoch and at the end.
 """
 
 import json
@@ -92,12 +92,12 @@ def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) 
     lines = [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "test_knn20" in line]
     checkpoints = [cfg.run_path / f"checkpoint_epoch_{n}.pth" for n in (1, cfg.epochs)]
-    students = {"before": model.student_of(cfg)}
+    students = {"untrained": model.student_of(cfg)}
     for file, name in zip(checkpoints, ("epoch 1", f"epoch {cfg.epochs}"), strict=True):
         students[name] = model.student_of(cfg, model.load_checkpoint(file)[0]["student"])
 
     kind = data.load_splits(cfg)[bench.test.split].features[cfg.label_column or "label"]
-    some = data.subset(np.arange(len(bench.y_test)), SHOWN)
+    some = np.unique(bench.y_test, return_index=True)[1][:SHOWN]  # the first image of each class
     figure = plt.figure(figsize=(12, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
     axis = left.subplots()
