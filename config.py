@@ -135,7 +135,8 @@ def data_problems(dataset):
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset)
     if dataset in DATASETS or on_hub or (dataset and Path(dataset).is_dir()):
         return []
-    return [f"no data set {dataset!r}: give a folder, owner/name on the Hub, {', '.join(DATASETS)}"]
+    return [f"no data set {dataset!r}: --dataset and --eval_dataset take a folder, owner/name on "
+            f"the Hub, {', '.join(DATASETS)}"]
 
 def validate(cfg, *checks, found=()):
     """cfg, or one UserError with every problem: `found`, wrong values, and those of `checks`."""
