@@ -33,8 +33,8 @@ COMMAND = (
     "--precision fp32 --device cpu"
 ).split()
 PLACES = {  # what must be there before the kill, and the longest wait after that, in seconds
-    "building the store": ("cache/stores/*.part", 0.5),
-    "filling the cache": ("cache/targets/*/view_*.part", 1.0),
+    "building the store": ("cache/stores/*.tmp", 0.3),
+    "filling the cache": ("cache/targets/*/view_*.tmp", 0.5),
     "writing a checkpoint": ("run/*.tmp", 0.01),
     "training": ("run/checkpoint_latest.pth", 3.0),
     "anywhere": ("", 8.0),
@@ -70,7 +70,7 @@ def outcome(folder: Path) -> dict:
             digest.update(file.read_bytes() if file.is_file() else b"")
         out[kind] = digest.hexdigest()
     out["files"] = str(sorted(f.name for f in (folder / "run").iterdir()))
-    left = [*folder.rglob("*.tmp"), *folder.rglob("*.part")]
+    left = [*folder.rglob("*.tmp")]
     assert not left, left
     return out
 
