@@ -28,7 +28,6 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from config import DATASETS, UserError, from_hub, log, reason, slug, write_atomically
-from demo.shapes import drawing, shapes
 
 progress = partial(tqdm, leave=False, delay=2)  # a bar, after two seconds
 
@@ -117,6 +116,7 @@ def load_folder(folder, names):
 def load_splits(cfg):
     """Split -> `datasets.Dataset`, of any data set. Raises UserError: not found, no network."""
     if cfg.dataset == "shapes":
+        from demo.shapes import shapes
         return shapes()
     if cfg.dataset in DATASETS or not Path(cfg.dataset).is_dir():
         name = DATASETS.get(cfg.dataset, cfg.dataset)
@@ -233,6 +233,7 @@ def open_store(cfg, split, max_samples=0):
     Raises UserError as `open_source`."""
     content = cfg.dataset
     if content == "shapes":
+        from demo.shapes import drawing
         content = drawing()
     elif content not in DATASETS and Path(content).is_dir():
         content = list_files(content)

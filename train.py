@@ -106,13 +106,14 @@ def start(run):
     else:
         rows = data.epoch_order(len(run.store), cfg.seed, 0)[:STAT_IMAGES]
         run.objective.fit(embed_stored(run, 0, data.chunks(rows), "fitting the heads"))
-        for buffer in run.objective.buffers() if run.world > 1 else ():  # one has all it needs
+        for buffer in run.objective.buffers() if run.world > 1 else ():  # to the bit alike
             dist.broadcast(buffer, 0)
     step = saved["step"] if saved else 0
+    caching = cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch
     rows = np.arange(CHECKED) % len(run.store)
-    expected = run.objective.targets(next(embed_stored(run, 0, [rows])))
+    expected = run.objective.targets(next(embed_stored(run, 0, [rows]))) if caching else None
     compile_networks(run)  # only now: it would compile for the 64 and 16 images above, too
-    if cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch:
+    if caching:
         cache_targets(run, cache_folder(run), rows, expected)
     run.logged_at = run.saved_at = monotonic()
     return step
@@ -171,10 +172,9 @@ def cache_folder(run):
 
 def cache_targets(run, folder, rows, expected):
     """Fill `run.targets`, unless an earlier run has filled the cache, and drop the teacher. The
-    heads are stored with the cache. As the code may have changed since, the targets of some rows of
-    view 0 are compared with those expected now. Raises UserError where they differ."""
+    heads' fixed maps are stored with it, but no buffers of `predict`, which trains. As the code may
+    have changed since, some rows of view 0 are compared with those expected. Raises UserError."""
     heads = folder / "heads.safetensors"
-    # Without those of a map that trains, such as a batch norm's.
     buffers = {k: v.cpu() for k, v in run.objective.heads.named_buffers() if ".predict." not in k}
     data.make_once(heads, lambda temporary: temporary.write_bytes(save(buffers)))
     run.objective.heads.load_state_dict(load_file(heads), strict=False)
@@ -209,8 +209,8 @@ def fill_view(run, view, path):
     with open(path, "wb") as file:
         for features in embed_stored(run, view, parts, f"targets of view {view}"):
             codes = data.quantise(run.objective.targets(features)).cpu().numpy()
-            file.write(codes)
-        file.truncate(len(run.store) * codes[0].nbytes)
+            left = len(run.store) - file.tell() // codes[0].nbytes
+            file.write(codes[:left])  # without the images that fill up the last batch
 
 def embed_stored(run, view, parts, title=None):
     """Yield the teacher's Features of a view of stored images, for each of some parts of rows."""

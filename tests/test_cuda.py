@@ -41,14 +41,19 @@ def difference(one, other) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+def loss_difference(one, other) -> float:
+    """Largest between the log lines of two runs."""
+    pairs = zip(metrics(one), metrics(other), strict=True)
+    return max(abs(a["loss"] - b["loss"]) for a, b in pairs)
+
+
 @pytest.mark.parametrize("changes", [
     dict(), dict(teacher_views=0), dict(student="resnet10t", student_args="")])
 def test_cuda_graphs_train_as_eager_does(cuda, changes):
     eager, graphs = cuda("eager", compile="off", **changes), cuda("graphs", **changes)
     for cfg in (eager, graphs):
         train.main(cfg)
-    pairs = zip(metrics(eager), metrics(graphs), strict=True)
-    worst = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
+    worst = loss_difference(eager, graphs)
     print(f"{changes}: losses differ by {worst:.1e}, weights by {difference(eager, graphs):.1e}")
     assert worst < 5e-3
 
@@ -136,7 +141,6 @@ def test_two_processes_on_a_gpu_train_as_one(cuda):
     ranks = [subprocess.Popen(command, env=os.environ | place | dict(RANK=str(rank)))
              for rank in range(2)]
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    pairs = zip(metrics(one), metrics(two), strict=True)
-    worst = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
+    worst = loss_difference(one, two)
     print(f"two processes: losses differ by {worst:.1e}, weights by {difference(one, two):.1e}")
     assert worst < 1e-3

@@ -7,10 +7,12 @@ import io
 import sys
 
 import datasets
+import PIL.Image
 
 
 def shrink(row: dict) -> dict:
-    row["img"].convert("RGB").resize((32, 32), 3).save(out := io.BytesIO(), "PNG")
+    image = row["img"].convert("RGB").resize((32, 32), PIL.Image.Resampling.BICUBIC)
+    image.save(out := io.BytesIO(), "PNG")
     return dict(img=dict(bytes=out.getvalue(), path=None))
 
 
