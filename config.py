@@ -10,6 +10,9 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+import datasets
+import huggingface_hub as hub
+
 log = logging.getLogger("distill")
 DATASETS = dict(cifar10="uoft-cs/cifar10", cifar100="uoft-cs/cifar100", shapes="")  # "": drawn
 PRESETS = {
@@ -53,6 +56,7 @@ class Config:
     cache_dir: str = free("cache", "for decoded images and cached targets; a fast disk")
     # evaluation; training never uses labels
     eval_dataset: str = free("", "data to evaluate on; empty = the training data")
+    eval_config: str = free("", "configuration of eval_dataset, if it has several on the Hub")
     eval_column: str = free("", "image column of eval_dataset; empty = the only one")
     eval_split: str = free("", "split that k-NN and probe learn from; empty = train_split")
     test_split: str = free("", "split that is tested; empty = test, else validation")
@@ -105,7 +109,8 @@ class Config:
 
     def problems(self):
         """What is wrong with data and run; `model.problems` adds what concerns the models."""
-        found = data_problems(self.dataset) + data_problems(self.eval_dataset or "cifar10")
+        found = data_problems(self.dataset)
+        found += data_problems(self.eval_dataset) if self.eval_dataset else []
         if self.cls_weight == self.patch_weight == 0:
             found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
         if self.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
@@ -115,7 +120,7 @@ class Config:
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluate checkpoints on the data of the first, with its settings or those given here."""
-    checkpoints: tuple = free((), "checkpoint files; a row of the table each")
+    checkpoints: list = free((), "checkpoint files; a row of the table each")
     max_train: int = free(0, "use a fixed random subset of the training images; 0 = all", 0)
     max_test: int = free(0, "use a fixed random subset of the test images; 0 = all", 0)
     baselines: bool = free(True, "also evaluate the teacher and an untrained student")
@@ -138,8 +143,8 @@ def data_problems(dataset):
     return [f"no data set {dataset!r}: --dataset and --eval_dataset take a folder, owner/name on "
             f"the Hub, {', '.join(DATASETS)}"]
 
-def validate(cfg, *checks, found=()):
-    """cfg, or one UserError with every problem: `found`, wrong values, and those of `checks`."""
+def validate(cfg, found=()):
+    """cfg, or one UserError with every problem: those found already, and wrong values."""
     found = list(found)
     for name, value in vars(cfg).items():
         rule = cfg.__dataclass_fields__[name].metadata
@@ -148,49 +153,43 @@ def validate(cfg, *checks, found=()):
             found.append(f"--{name} {value}: not one of {', '.join(rule['choices'])}")
         elif low is not None and not low <= value <= high:
             found.append(f"--{name} {value}: must be from {low} to {high:g}")
-    for check in checks:
-        found += check(cfg)
     if found:
         raise UserError("\n".join(found))
     return cfg
 
-def parse(cls, argv, *checks):
+def parse(cls, argv):
     """Command line -> a validated Config or EvalConfig: the preset first, then the flags."""
     own = {option.name: option for option in fields(cls) if option.metadata}
     flags = {option.name: option for option in fields(Config) if option.metadata["free"]} | own
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
                                      exit_on_error=False, argument_default=argparse.SUPPRESS)
-    for name, option in flags.items():  # values stay text, so that every wrong one is reported
+    for name, option in flags.items():
         text = f"{option.metadata['help']} (default: {option.default!r})"
-        if option.type is tuple:
+        if option.type is list:
             parser.add_argument(name, nargs="+", help=text)
         elif option.type is bool:
             parser.add_argument(f"--{name}", action="store_true", help=text)
             parser.add_argument(f"--no_{name}", dest=name, action="store_false")
         else:
             choices = "|".join(filter(None, option.metadata["choices"]))
-            parser.add_argument(f"--{name}", metavar=choices or option.type.__name__, help=text)
-    given, unknown = parser.parse_known_args(argv)
-    found = []
+            parser.add_argument(f"--{name}", type=option.type, help=text,
+                                metavar=choices or option.type.__name__)
+    known, unknown = parser.parse_known_args(argv)
+    given, found = vars(known), []
     for word in [word for word in unknown if word.startswith("-")] or unknown:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
         found.append(f"unknown {word}{suggestion(ALIASES.get(name, name), flags, '--')}")
-    values, overrides = dict(PRESETS.get(getattr(given, "preset", ""), {})), {}
-    for name, text in vars(given).items():
-        try:
-            (values if name in own else overrides)[name] = flags[name].type(text)
-        except ValueError:
-            found.append(f"--{name} {text}: not a number of type {flags[name].type.__name__}")
-    if overrides:
-        values["overrides"] = overrides
-    return validate(cls(**values), *checks, found=found)
+    values = PRESETS.get(given.get("preset"), {}) | {n: given[n] for n in given if n in own}
+    if cls is EvalConfig:
+        values["overrides"] = {n: given[n] for n in given if n not in own}
+    return validate(cls(**values), found)
 
-def cli(main, cls, *checks):
+def cli(main, cls):
     """Run main(parse(cls, argv)); a UserError becomes a message and exit status 2."""
     log.setLevel(logging.INFO)
     log.handlers = [logging.StreamHandler(sys.stdout)]
     try:
-        main(parse(cls, sys.argv[1:], *checks))
+        main(parse(cls, sys.argv[1:]))
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
@@ -224,10 +223,6 @@ def reason(error):
 def from_hub(what, instead, load, *arguments, **options):
     """load(*arguments, **options), which may download. Raises UserError.
     If the Hub does not respond in five seconds, its libraries go offline and do not retry."""
-    import datasets
-    import huggingface_hub as hub
-
-    hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     try:
         if not hub.constants.HF_HUB_OFFLINE:
             hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=5)

@@ -10,18 +10,18 @@ Embeddings of whole images are classified by k-NN (DINO, Caron et al. 2021) and 
 import json
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import pandas
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model as models
-from config import Config, EvalConfig, cli, data_problems, slug, validate
+from config import Config, EvalConfig, UserError, cli, data_problems, slug, validate
 
 TEMPERATURE = 0.07  # of k-NN votes, as in DINO
 K = 20  # neighbours
@@ -99,10 +99,11 @@ class Bench:
     without a label are left out, unless a split has no labels at all: then none is classified."""
     def __init__(self, cfg, max_train=0, max_test=0):
         if cfg.eval_dataset:  # these other settings belong to the training data
-            cfg = replace(cfg, dataset=cfg.eval_dataset, image_column=cfg.eval_column,
-                          train_split="train", max_samples=0, dataset_config="")
+            cfg = replace(cfg, dataset=cfg.eval_dataset, dataset_config=cfg.eval_config,
+                          image_column=cfg.eval_column, train_split="train", max_samples=0)
         self.dataset, self.device = cfg.dataset, models.pick_device(cfg.device)
-        self.autocast = models.autocast(self.device, models.pick_dtype(cfg.precision, self.device))
+        dtype = models.pick_dtype(cfg.precision, self.device)
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.train = data.open_store(cfg, cfg.eval_split or cfg.train_split, cfg.max_samples)
         train_rows = np.arange(len(self.train))
         try:
@@ -120,6 +121,8 @@ class Bench:
         self.train_rows, self.y = with_labels(self.train, train_rows, max_train)
         self.test_rows, self.y_test = with_labels(self.test, test_rows, max_test)
         self.labelled = bool(self.y.min() >= 0 and self.y_test.min() >= 0)
+        if cfg.label_column and not self.labelled:
+            raise UserError(f"--label_column {cfg.label_column}: no labels there in both splits")
 
     def embed(self, backbone, store, rows):
         """Yield whole stored images uint8 [B, 3, S, S] on the device, and their Features."""
@@ -170,13 +173,11 @@ class Bench:
         """Images per second of a forward of 64 images in memory, and GFLOPs an image."""
         images = torch.rand(64, 3, backbone.image_size, backbone.image_size, device=self.device)
         with FlopCounterMode(display=False) as flops:
-            backbone(images)  # also warms up
-        begin = perf_counter()
+            backbone(images)
+        timer = Timer("backbone(images)", globals=locals(), num_threads=torch.get_num_threads())
         with self.autocast:
-            for _ in range(8):
-                backbone(images).cls.sum().item()  # .item() waits for the device
-        speed = 8 * 64 / (perf_counter() - begin)
-        return dict(images_per_s=speed, gflops=flops.get_total_flops() / 64e9)
+            seconds = timer.blocked_autorange(min_run_time=0.5).median
+        return dict(images_per_s=64 / seconds, gflops=flops.get_total_flops() / 64e9)
 
     def row(self, name, backbone):
         row = dict(model=name, params_m=backbone.parameter_count / 1e6, size=backbone.image_size)
@@ -194,7 +195,7 @@ def load(path, overrides):
     if not Path(cfg.cache_dir, "stores").is_dir():  # a stranger's file does not choose new places
         cfg = replace(cfg, cache_dir=Config.cache_dir)
     cfg = replace(cfg, **overrides | dict(student_weights=""))
-    validate(cfg, lambda cfg: data_problems(cfg.eval_dataset or cfg.dataset))
+    validate(cfg, data_problems(cfg.eval_dataset or cfg.dataset))
     models.pick_device(cfg.device)  # before students are made
     return saved, cfg, models.student_of(cfg, saved["student"])
 

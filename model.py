@@ -10,6 +10,7 @@ PHI-S (Ranzinger et al. 2024), learned heads follow Proteus and UNIC (2024)."""
 
 import ast
 import hashlib
+import json
 import math
 import re
 import resource
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from config import Config, UserError, from_hub, log, reason, suggestion, validate, write_atomically
@@ -33,9 +35,7 @@ TEACHERS = {  # the official names -> timm's
     f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2.lvd142m"
     for size in ("small", "base", "large", "giant") for reg in ("", "_reg")}
 TEACHERS["demo"] = "vit_small_patch14_dinov2"
-DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher.safetensors"
-TEACHER_ARGS = dict(  # of timm, where its own do not do
-    demo=dict(patch_size=8, embed_dim=96, depth=6, num_heads=6, init_values=1.0, img_size=32))
+WEIGHTS = dict(demo=str(Path(__file__).parent / "demo" / "teacher.safetensors"))
 WHITEN = dict(pca=0.5, frozen=0.0, linear=1.0)  # by head: targets are divided by std ** this
 TOKENS_PER_IMAGE = 8  # at most, of each term, that `Distiller.fit` uses
 FORMAT = 3  # version of the checkpoints' contents
@@ -85,12 +85,14 @@ class Backbone(nn.Module):
         return self.to_features(self.net.forward_features(normalised))
 
     def __str__(self):
-        millions = self.parameter_count / 1e6
-        return f"{millions:.2f} M parameters, {self.image_size} px, grid {self.grid}"
+        size = f"{self.parameter_count / 1e6:.2f} M parameters, {self.image_size} px"
+        return f"{size}, grid {self.grid}"
 
 def timm_arguments(name, image_size, arguments):
     """timm's arguments for an image size: transformers take it as img_size, conv nets take any.
     Raises UserError for unknown names, and for sizes that leave a border outside all patches."""
+    if any(argument.startswith(("pretrained", "checkpoint")) for argument in arguments):
+        raise UserError("arguments load no weights; for weights see --student_weights")
     if not timm.is_model(name):  # timm would also take "hf-hub:owner/name"
         close = suggestion(name, [*TEACHERS, *timm.list_models()])
         raise UserError(f"not a model of timm {timm.__version__}{close}")
@@ -144,25 +146,33 @@ def student_arguments(text):
     arguments = {}
     for item in filter(None, re.split(r"[\s,]+(?![^(]*\))", text)):  # not inside parentheses
         name, _, value = item.partition("=")
-        if not value or name.startswith(("pretrained", "checkpoint")):
-            raise UserError("--student_args takes name=value; for weights see --student_weights")
+        if not value:
+            raise UserError("--student_args takes name=value")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             arguments[name] = value  # a word
     return arguments
 
+def teacher_source(name, weights):
+    """timm's name of a teacher, its timm arguments, a file of its weights or "", and pool. They are
+    read from a student.safetensors, so that a student can be the next teacher."""
+    weights = weights or WEIGHTS.get(name, "")
+    try:
+        metadata = safe_open(weights, "pt").metadata() if weights.endswith(".safetensors") else {}
+        how = json.loads((metadata or {}).get("student", "{}"))
+    except Exception as error:
+        raise UserError(f"{weights} does not fit {name}: {reason(error)}") from error
+    return TEACHERS.get(name, name), how.get("args", {}), weights, how.get("pool", "cls")
+
 def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     """The frozen teacher, in eval mode; attribute fingerprint names its weights. Raises UserError.
     name: an official DINOv2 name, "demo", or any timm model. weights: a file of the official
-    release or of timm, "" for the Hub. DINOv2 features equal the official code's at every size."""
-    timm_name, arguments = TEACHERS.get(name, name), TEACHER_ARGS.get(name, {})
+    release, of timm or of a run, "" for the Hub. DINOv2 equals the official code at every size."""
+    timm_name, arguments, weights, pool = teacher_source(name, weights)
     timm_arguments(timm_name, image_size, arguments)  # raises before anything is downloaded
-    if name == "demo":
-        weights = weights or str(DEMO_TEACHER)
-    # At its native size, with its whole position table.
-    net = load_net(timm_name, weights, num_classes=0, **arguments)
-    digest = hashlib.sha256()
+    net = load_net(timm_name, weights, num_classes=0, **arguments)  # at its native size
+    digest = hashlib.sha256(str(arguments).encode())
     for value in net.state_dict().values():
         digest.update(value.numpy().tobytes())
     table = getattr(net, "pos_embed", None)
@@ -170,7 +180,7 @@ def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
         net.set_input_size(img_size=image_size)
     if "dinov2" in timm_name and "reg4" not in timm_name:
         net.pos_embed = nn.Parameter(official_position_table(table, net.patch_embed.grid_size))
-    teacher = Backbone(net.requires_grad_(False), image_size)
+    teacher = Backbone(net.requires_grad_(False), image_size, pool)
     teacher.fingerprint = digest.hexdigest()[:12]
     return teacher
 
@@ -191,11 +201,11 @@ def problems(cfg):
     for side in ("teacher", "student"):
         name, size = getattr(cfg, side), getattr(cfg, f"{side}_size")
         try:
-            device, timm_name = "meta", TEACHERS.get(name, name)
-            arguments = TEACHER_ARGS.get(name, {})
-            if side == "student":  # with values: some arguments fail only on these
-                device, timm_name, arguments = "cpu", name, student_arguments(cfg.student_args)
-            with torch.device(device):
+            if side == "teacher":
+                timm_name, arguments, *_ = teacher_source(name, cfg.teacher_weights)
+            else:
+                timm_name, arguments = name, student_arguments(cfg.student_args)
+            with torch.device("meta" if side == "teacher" else "cpu"):  # some fail only on values
                 net = build_student(timm_name, size, **arguments).train()
                 if net(torch.zeros(2, 3, size, size)).patches.shape[1] != math.prod(net.grid):
                     raise UserError("in training it drops patch tokens")
@@ -384,8 +394,7 @@ def load_checkpoint(path):
 def pick_device(name):
     """auto: a CUDA GPU, else an Apple one, else the CPU. To be called before models are made."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name == "auto":
-        name = next(device for device in here if here[device])
+    name = next(filter(here.get, here)) if name == "auto" else name
     if not here[name]:
         raise UserError(f"--device {name}: torch finds no such device here")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in evaluation above all
@@ -402,10 +411,6 @@ def pick_dtype(precision, device):
         fast = device.type == "cpu" and capabilities().get("avx512_bf16")
         precision = "bf16" if fast else "fp32"
     return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
-
-def autocast(device, dtype):
-    """Mixed precision in `dtype`, nothing for float32. It can be entered again, but not nested."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def peak_memory(device):
     """Most memory in use so far, in GB: of the GPU, or on a CPU of the process."""

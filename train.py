@@ -29,7 +29,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save
 from timm.optim import param_groups_weight_decay
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import data
 import eval as evaluation
@@ -62,7 +62,7 @@ class Run:
     def __init__(self, cfg, objective, device, rank, world):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.dtype = models.pick_dtype(cfg.precision, device)
-        self.autocast = models.autocast(device, self.dtype)
+        self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
         teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
         self.teacher = teacher.to(device)  # None once its targets are cached
         self.store = data.open_store(cfg, cfg.train_split, cfg.max_samples)
@@ -190,9 +190,8 @@ def cache_targets(run, folder, rows, expected):
     run.targets = [data.RowFile(file, torch.int8, shape) for file in files]
 
     cached, expected = data.dequantise(run.targets[0][rows]), expected.cpu()
-    # |a - b|^2 = (2 - 2 cos) |b|^2 if |a| = |b|: at each token place the mean cosine is >= SAME.
-    distance, length = [x.square().sum((0, 2)) for x in (cached - expected, expected)]
-    if (distance > 2 * (1 - SAME) * length).any():
+    # At each token place the cosine over all rows, if cached and expected are equally long.
+    if ((cached * expected).sum((0, 2)) < SAME * expected.square().sum((0, 2))).any():
         raise UserError(f"{folder} holds other targets than those of the code now: delete it")
     run.teacher = None
     log.info("all targets are cached: the teacher is dropped")
@@ -209,8 +208,8 @@ def fill_view(run, view, path):
     with open(path, "wb") as file:
         for features in embed_stored(run, view, parts, f"targets of view {view}"):
             codes = data.quantise(run.objective.targets(features)).cpu().numpy()
-            left = len(run.store) - file.tell() // codes[0].nbytes
-            file.write(codes[:left])  # without the images that fill up the last batch
+            file.write(codes)
+        file.truncate(len(run.store) * codes[0].nbytes)  # as images fill up the last batch
 
 def embed_stored(run, view, parts, title=None):
     """Yield the teacher's Features of a view of stored images, for each of some parts of rows."""
@@ -269,10 +268,9 @@ def train_step(run, images, codes, index, epoch, view, step):
 def average_gradients(module, world):
     """Over all processes, by one all-reduce: DistributedDataParallel rules out CUDA graphs."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
+    flat = parameters_to_vector(gradients) / world
     dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    vector_to_parameters(flat, gradients)
 
 def report(run, step, recent, stopping):
     """Average, check and log the statistics of recent steps; evaluate at an epoch's end.
@@ -344,12 +342,13 @@ def processes(cfg):
 @contextmanager
 def received_signals():
     """Yield a list that collects SIGINT and SIGTERM, in place of ending the process."""
-    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(n, lambda number, frame: received.append(number)) for n in numbers]
+    received = []
+    before = {number: signal.signal(number, lambda number, frame: received.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 def must_stop(run, step, received):
@@ -365,7 +364,7 @@ def must_stop(run, step, received):
 def main(cfg: Config, objective=models.Distiller) -> dict:
     """Train; returns the last metrics, with eval_at_end also the evaluation's rows.
     Raises UserError for what the user can fix, SystemExit(128 + signal) when stopped."""
-    validate(cfg, models.problems)
+    validate(cfg, models.problems(cfg))
     with processes(cfg) as (device, rank, world):
         run = Run(cfg, objective, device, rank, world)
         step, recent = start(run), []
@@ -399,4 +398,4 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
     return last
 
 if __name__ == "__main__":
-    cli(main, Config, models.problems)
+    cli(main, Config)

@@ -7,6 +7,7 @@ images of a seed of its own, never those of the demo's training or test split; t
 train it are thrown away.
 """
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ import data
 import model
 from demo.shapes import OUTLINES, draw_shape
 
+MODEL = model.TEACHERS["demo"]
+ARGUMENTS = dict(
+    patch_size=8, embed_dim=96, depth=6, num_heads=6, init_values=1.0, img_size=32)
 IMAGES, SEED = 50_000, 100
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 12, 128, 2e-3, 0.05, 0.1
 CROP_SCALE, SMOOTHING, PATCH_WEIGHT = 0.7, 0.1, 0.5
@@ -33,11 +37,10 @@ JITTERED_ALIKE = 8  # images
 def main() -> None:
     torch.manual_seed(0)
     model.pick_device("cpu")
-    name, arguments = model.TEACHERS["demo"], model.TEACHER_ARGS["demo"]
-    size = arguments["img_size"]
+    size = ARGUMENTS["img_size"]
     images = torch.from_numpy(np.stack([draw_shape(SEED, i, size)[0] for i in range(IMAGES)]))
     images, labels = images.permute(0, 3, 1, 2), torch.arange(IMAGES) % len(OUTLINES)
-    net = timm.create_model(name, num_classes=0, **arguments)
+    net = timm.create_model(MODEL, num_classes=0, **ARGUMENTS)
     teacher = model.Backbone(net, size).train()
     # Classifying the mean patch as well makes the patches worth distilling.
     heads = torch.nn.ModuleList(torch.nn.Linear(teacher.embed_dim, len(OUTLINES)) for _ in "cp")
@@ -65,7 +68,8 @@ def main() -> None:
             correct += (scores[0].argmax(1) == labels[index]).sum().item()
         print(f"epoch {epoch + 1}/{EPOCHS}: training accuracy {correct / IMAGES:.1%}", flush=True)
     weights = {key: value.half().contiguous() for key, value in net.state_dict().items()}
-    save_file(weights, model.DEMO_TEACHER)
+    how = json.dumps(dict(model=MODEL, args=ARGUMENTS))
+    save_file(weights, model.WEIGHTS["demo"], metadata=dict(student=how))
 
 
 if __name__ == "__main__":

@@ -223,7 +223,8 @@ def test_code_in_a_checkpoint_or_a_teacher_does_not_run(
     refused_by_both(run)
     (tmp_path / "teacher.pth").write_bytes(content)
     teacher = str(tmp_path / "teacher.pth")
-    fresh = dataclasses.replace(run, resume=False, teacher_weights=teacher)
+    fresh = dataclasses.replace(run, resume=False, teacher="vit_tiny_patch16_224",
+                                teacher_weights=teacher)
     assert f"{teacher} does not fit" in refused(train.main, Config, *flags(fresh))
     assert not exploded.exists()
 
@@ -269,14 +270,14 @@ def test_hostile_safetensors_are_refused_at_once(tmp_path, name):
     path.write_bytes(SAFETENSORS[name])
     begin = time.time()
     with pytest.raises(UserError, match=rf"{name}\.safetensors does not fit \w+: "):
-        model.load_teacher("demo", 32, str(path))
+        model.load_teacher("vit_tiny_patch16_224", 32, str(path))
     assert time.time() - begin < 5
 
 
 def test_a_teacher_file_that_is_missing_or_no_file_is_named(tmp_path, refused):
     for path in (tmp_path / "nowhere.pth", tmp_path):
-        message = refused(train.main, Config, "--preset", "demo", "--teacher_weights", path,
-                          "--run_dir", tmp_path / "run")
+        message = refused(train.main, Config, "--preset", "demo", "--teacher", "test_vit",
+                          "--teacher_weights", path, "--run_dir", tmp_path / "run")
         assert f"{path} does not fit" in message
 
 

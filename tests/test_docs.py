@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import data
 import model
 import train
-from config import Config, EvalConfig, parse
+from config import Config, EvalConfig, parse, validate
 from test_smoke import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -72,8 +72,9 @@ def test_every_command_of_the_pages_is_accepted(tmp_path, monkeypatch):
                     Path(name).mkdir(exist_ok=True)
                 if flag.endswith("_weights"):
                     Path(name).parent.mkdir(parents=True, exist_ok=True)
-                    Path(name).touch()
-            parse(Config, argv, model.problems)
+                    save_file({}, name)
+            cfg = parse(Config, argv)
+            validate(cfg, model.problems(cfg))
             found += 1
         for line in re.findall(r"^python eval\.py (.*)$", code, re.M):
             for name in shlex.split(line)[:1]:

@@ -51,6 +51,11 @@ def test_a_checkpoint_can_be_evaluated_on_other_data(tiny, photos):
     assert len(bench.train_rows) == 33 and len(bench.test_rows) == 8
 
 
+def test_a_mistyped_label_column_is_refused(tiny):
+    with pytest.raises(UserError, match="--label_column bred: no labels"):
+        evaluation.Bench(tiny(label_column="bred"))
+
+
 def test_without_a_test_split_a_tenth_of_train_is_held_out(tiny, tmp_path, capsys):
     for i in range(40):
         (tmp_path / "own" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)

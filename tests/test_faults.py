@@ -64,7 +64,7 @@ def files_of_at_most(size: int):
 
 @pytest.mark.parametrize(
     ("what", "most"),
-    [("stores", 200_000), ("view_0.i8", 250_000), ("checkpoint_epoch_1.pth", 400_000)],
+    [("stores", 200_000), ("view_0.i8", 250_000), ("checkpoint_epoch_1.pth", 500_000)],
 )
 def test_a_full_disk_is_a_message_and_the_same_command_goes_on(
         tmp_path, undisturbed, what, most):

@@ -24,8 +24,6 @@ import pytest
 import safetensors.torch
 import timm
 
-import config
-
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +132,28 @@ def test_cifar100_is_evaluated_by_its_fine_labels(tmp_path):
     assert json.loads(info.read_text())["labels"] == list(range(40))
 
 
+@needs_shared
+def test_one_of_several_configurations_is_trained_on_and_another_evaluated(tmp_path):
+    card = ["---", "configs:"]
+    for name in ("small", "large"):
+        (tmp_path / "birds" / name).mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+        columns = dict(image=[PIL.Image.fromarray(p) for p in pixels], label=list(range(4)) * 5)
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "birds" / name / "0.parquet")
+        card += [f"- config_name: {name}", f"  data_files: {name}/*.parquet"]
+    (tmp_path / "birds" / "README.md").write_text("\n".join([*card, "---", ""]))
+    flags = "train.py --dataset me/birds --teacher demo --epochs 1 --batch_size 20 --eval_every 1"
+    flags += " --student_args depth=1 --teacher_size 32 --student_size 32 --eval_dataset me/birds"
+    with hub("--repo", f"datasets/me/birds={tmp_path / 'birds'}") as endpoint:
+        command = [*flags.split(), *SMALL[:2]]
+        failed = call(tmp_path, endpoint, *command, "--dataset_config", "small")
+        assert failed.returncode == 2 and "Traceback" not in failed.stderr
+        assert "'small'" in failed.stderr and "'large'" in failed.stderr, failed.stderr
+        both = ["--dataset_config", "small", "--eval_config", "large"]
+        done = call(tmp_path, endpoint, *command, *both)
+    assert done.returncode == 0 and "test_knn20" in done.stdout, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("missing", ["dataset", "teacher"])
 def test_without_a_hub_the_message_comes_within_seconds_and_says_what_to_do(tmp_path, missing):
     begin = time.time()
@@ -171,7 +191,7 @@ for line in sys.stdin:
             os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
         sys.argv, status = ["train.py", *arguments], 0
         try:
-            config.cli(train.main, config.Config, model.problems)
+            config.cli(train.main, config.Config)
         except SystemExit as stop:
             status = stop.code
         except BaseException:
@@ -355,11 +375,3 @@ def test_a_trouble_that_passes_goes_unnoticed(troubled, tmp_path, trouble, reque
     assert done.returncode == 0 and "done. Evaluate with" in done.stdout, done.stderr[-3000:]
 
 
-def test_usage_reports_are_off_whoever_imported_the_library_first(monkeypatch):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "torch/" in huggingface_hub.utils.build_hf_headers()["user-agent"]
-    config.from_hub("", "", lambda: None)
-    assert "torch/" not in huggingface_hub.utils.build_hf_headers()["user-agent"]

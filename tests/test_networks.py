@@ -1,6 +1,7 @@
 """Teachers and students: their weights, their constants, the statistics of the heads."""
 
 import dataclasses
+import json
 
 import pytest
 import safetensors.torch
@@ -82,13 +83,36 @@ def test_a_fork_does_not_continue_the_run_of_another_objective(tiny):
 def test_a_run_is_not_continued_with_other_weights_of_its_teacher(tiny, tmp_path):
     cfg = tiny(epochs=1)
     train.main(cfg)
-    teacher = safetensors.torch.load_file(model.DEMO_TEACHER)
+    teacher = safetensors.torch.load_file(model.WEIGHTS["demo"])
+    how = safetensors.safe_open(model.WEIGHTS["demo"], "pt").metadata()
     same_file, other = str(tmp_path / "moved.safetensors"), str(tmp_path / "other.safetensors")
-    safetensors.torch.save_file(teacher, same_file)
-    safetensors.torch.save_file(teacher | {"norm.bias": teacher["norm.bias"] + 0.01}, other)
+    safetensors.torch.save_file(teacher, same_file, how)
+    safetensors.torch.save_file(teacher | {"norm.bias": teacher["norm.bias"] + 0.01}, other, how)
     train.main(dataclasses.replace(cfg, epochs=2, teacher_weights=same_file))
     with pytest.raises(UserError, match="other settings.*\n  - weights: "):
         train.main(dataclasses.replace(cfg, epochs=3, teacher_weights=other))
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_a_student_can_be_the_next_teacher(tiny, tmp_path, pool):
+    cfg = tiny(epochs=1, pool=pool)
+    train.main(cfg)
+    saved, _ = model.load_checkpoint(latest(cfg))
+    student = model.student_of(cfg, saved["student"])
+    path = str(cfg.run_path / "student.safetensors")
+    teacher, images = model.load_teacher(cfg.student, 32, path), torch.rand(2, 3, 32, 32)
+    for found, expected in zip(teacher(images), student(images), strict=True):
+        assert torch.equal(found, expected)
+    train.main(tiny(epochs=1, teacher=cfg.student, teacher_weights=path,
+                    run_dir=str(tmp_path / "next")))
+
+
+def test_a_teachers_file_chooses_no_other_file(tmp_path):
+    how = json.dumps(dict(args=dict(checkpoint_path="other.pth")))
+    path = tmp_path / "hostile.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, dict(student=how))
+    with pytest.raises(UserError, match="arguments load no weights"):
+        model.load_teacher("vit_tiny_patch16_224", 32, str(path))
 
 
 def test_a_teacher_without_a_position_table_is_resized(tmp_path):

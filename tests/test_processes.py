@@ -36,7 +36,7 @@ RANKS = f"""
 import json, os, sys, time, traceback
 sys.path.insert(0, {str(ROOT)!r})
 import datasets, config, model, train
-config.parse(config.Config, {TINY}, model.problems)  # what it learns of the models is kept
+model.problems(config.parse(config.Config, {TINY}))  # what it learns of the models is kept
 
 def rank_of(world, rank, machine, machines, port, folder, flags, log):
     os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK="0", MASTER_PORT=str(port),
@@ -47,7 +47,7 @@ def rank_of(world, rank, machine, machines, port, folder, flags, log):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.argv = ["train.py", *flags]
     try:
-        config.cli(train.main, config.Config, model.problems)
+        config.cli(train.main, config.Config)
     except SystemExit as stop:
         return stop.code or 0
     except BaseException:

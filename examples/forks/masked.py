@@ -46,4 +46,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    cli(main, Config, model.problems)
+    cli(main, Config)

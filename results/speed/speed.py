@@ -103,14 +103,14 @@ def floor_step(cfg: Config, dtype):
 
     def student_step():
         optimiser.zero_grad(set_to_none=True)
-        with model.autocast(images.device, dtype):
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             loss, _ = objective(images, targets)
         loss.backward()
         optimiser.step()
 
     @torch.inference_mode()
     def teacher_forward():
-        with model.autocast(images.device, dtype):
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             teacher(pixels)
 
     return student_step, teacher_forward
@@ -308,7 +308,7 @@ def gpu_memory(folder: Path) -> None:
         with device:
             net = timm.create_model(model.TEACHERS[name], num_classes=0, img_size=224)
             teacher = model.Backbone(net, 224)
-        with torch.inference_mode(), model.autocast(device, torch.bfloat16):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
             teacher(torch.rand(data.CHUNK, 3, 224, 224, device=device))
         print(f"| {name} | {model.peak_memory(device):.1f} |", flush=True)
         del net, teacher
@@ -329,7 +329,7 @@ def gpu_memory(folder: Path) -> None:
             targets = torch.randn(batch, tokens, len(objective.heads["cls"].scale), device=device)
             for _ in range(steps):
                 optimiser.zero_grad()
-                with model.autocast(device, torch.bfloat16):
+                with torch.autocast(device.type, torch.bfloat16):
                     loss, _ = objective(images, targets)
                 loss.backward()
                 optimiser.step()
