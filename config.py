@@ -34,7 +34,7 @@ ALIASES = dict(  # what similar programs call a setting -> its name here
 class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""
 
-def setting(default, help, low=None, high=sys.maxsize, choices=(), *, free):
+def setting(default, help, low=None, high=float("inf"), choices=(), *, free):
     """A setting and its flag. When a run is continued a fixed one must be the same as before."""
     rules = dict(help=help, low=low, high=high, choices=choices, free=free)
     return field(default=default, metadata=rules)
@@ -48,8 +48,8 @@ class Config:
     preset: str = fixed("", "defaults to start from", choices=("", *PRESETS))
     # data
     dataset: str = free("cifar10", "cifar10, cifar100, shapes, owner/name on the Hub, or a folder")
-    dataset_config: str = free("", "its configuration, if it has several on the Hub")
-    image_column: str = free("", "its image column; empty = the only one")
+    dataset_config: str = free("", "configuration of dataset, if it has several on the Hub")
+    image_column: str = free("", "image column of dataset; empty = the only one")
     train_split: str = fixed("train", "split that the student learns from")
     max_samples: int = fixed(0, "learn from a fixed random subset; 0 = all images", 0)
     crop_scale: float = fixed(0.4, "smallest area of a view, as a share of the image's", 0.01, 1)
@@ -65,12 +65,12 @@ class Config:
     eval_at_end: bool = free(False, "run eval.py on the last checkpoint")
     # teacher
     teacher: str = fixed("dinov2_vitb14", "dinov2_vit{s,b,l,g}14[_reg], demo, or any timm model")
-    teacher_weights: str = free("", "a file of its weights; empty = from the Hub")
+    teacher_weights: str = free("", "a file of the teacher's weights; empty = from the Hub")
     teacher_size: int = fixed(224, "pixels the teacher sees; a multiple of its patch", 8, 4096)
     teacher_views: int = fixed(4, "cached views of each image; 0 = a new view each epoch", 0, 1000)
     # student
     student: str = fixed("vit_small_patch16_224", "any timm model")
-    student_args: str = fixed("", "its timm arguments: 'depth=6 embed_dim=192 num_heads=3'")
+    student_args: str = fixed("", "timm's arguments for it: 'depth=6 embed_dim=192 num_heads=3'")
     student_weights: str = free("", "a student.safetensors or timm's to start from; empty = random")
     student_size: int = fixed(96, "pixels the student sees; a multiple of its patch", 8, 4096)
     pool: str = fixed("cls", "embed by class token, or mean of patches", choices=("cls", "mean"))
@@ -85,7 +85,7 @@ class Config:
     batch_size: int = fixed(256, "images per step, over all processes together", 1)
     lr: float = fixed(1e-3, "peak learning rate of AdamW", 0)
     warmup_epochs: float = fixed(2.0, "epochs of linear warm-up, at most a fifth of the run", 0)
-    weight_decay: float = fixed(0.05, "of matrices; never of biases, norms or tokens", 0)
+    weight_decay: float = fixed(0.05, "weight decay, of matrices; not of biases, norms, tokens", 0)
     grad_clip: float = fixed(1.0, "largest gradient norm; 0 = no clipping", 0)
     seed: int = fixed(0, "random seed of order, views and initialisation", 0, 2**31 - 1)
     # run
@@ -150,7 +150,7 @@ def validate(cfg, found=()):
         rule = cfg.__dataclass_fields__[name].metadata
         low, high = rule.get("low"), rule.get("high")
         if rule.get("choices") and value not in rule["choices"]:
-            found.append(f"--{name} {value}: not one of {', '.join(rule['choices'])}")
+            found.append(f"--{name} {value}: not one of {', '.join(filter(None, rule['choices']))}")
         elif low is not None and not low <= value <= high:
             found.append(f"--{name} {value}: must be from {low} to {high:g}")
     if found:
@@ -160,7 +160,7 @@ def validate(cfg, found=()):
 def parse(cls, argv):
     """Command line -> a validated Config or EvalConfig: the preset first, then the flags."""
     own = {option.name: option for option in fields(cls) if option.metadata}
-    flags = {option.name: option for option in fields(Config) if option.metadata["free"]} | own
+    flags = own | {option.name: option for option in fields(Config) if option.metadata["free"]}
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
                                      exit_on_error=False, argument_default=argparse.SUPPRESS)
     for name, option in flags.items():

@@ -120,8 +120,8 @@ def load_splits(cfg):
         return shapes()
     if cfg.dataset in DATASETS or not Path(cfg.dataset).is_dir():
         name = DATASETS.get(cfg.dataset, cfg.dataset)
-        return from_hub(f"the dataset {name}", "--dataset FOLDER", datasets.load_dataset, name,
-                        cfg.dataset_config or None)
+        return from_hub(f"the dataset {name}", f"--dataset FOLDER ({cfg.dataset} is none)",
+                        datasets.load_dataset, name, cfg.dataset_config or None)
     folder, files = os.path.realpath(cfg.dataset), list_files(cfg.dataset)
     if "dataset_dict.json" in files:
         return datasets.load_from_disk(folder)

@@ -133,6 +133,19 @@ def test_scikit_learn_classifies_its_features(home):
     assert float(alone(code + block("recipes.md", "A classifier on its features"), home)) > 0.9
 
 
+@pytest.mark.slow
+def test_a_teacher_is_evaluated_at_several_sizes(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + block("recipes.md", "Teachers")
+    assert "'model': '40 px'" in alone(code, tmp_path)
+
+
+def test_weights_of_timm_are_saved_for_a_student(tmp_path):
+    code = block("recipes.md", "Students").replace("pretrained=True", "pretrained=False")
+    alone(code, tmp_path, "-I")
+    weights = str(tmp_path / "vit_small.safetensors")
+    assert model.build_student("vit_small_patch16_224", 32, weights=weights).grid == (2, 2)
+
+
 def test_a_folder_of_files_becomes_a_data_set(home, tmp_path):
     alone(block("recipes.md", "Your own data"), home, "-I")
     store = data.open_store(Config(dataset=str(home.parent / "my_data"), teacher_size=32,
