@@ -108,9 +108,8 @@ class Config:
                 if option.metadata["free"] == free}
 
     def problems(self):
-        """What is wrong with data and run; `model.problems` adds what concerns the models."""
-        found = data_problems(self.dataset)
-        found += data_problems(self.eval_dataset) if self.eval_dataset else []
+        """What is wrong with data and batches; `model.problems` adds what concerns the models."""
+        found = data_problems(self.dataset) + data_problems(self.eval_dataset or self.dataset)
         if self.cls_weight == self.patch_weight == 0:
             found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
         if self.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
@@ -154,7 +153,7 @@ def validate(cfg, found=()):
         elif low is not None and not low <= value <= high:
             found.append(f"--{name} {value}: must be from {low} to {high:g}")
     if found:
-        raise UserError("\n".join(found))
+        raise UserError("\n".join(dict.fromkeys(found)))
     return cfg
 
 def parse(cls, argv):

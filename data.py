@@ -322,7 +322,7 @@ def render(images, boxes, size):
         return (down[:, None] @ (pixels @ across[:, None].mT)).clamp_(0, 1)
 
 def resize_matrix(start, length, size, stored):
-    """Weights [B, size, stored] of the stored pixels in each output pixel (Keys 1981, a = -0.5)."""
+    """start, length [B] -> weights [B, size, stored] of the stored pixels (Keys 1981, a = -0.5)."""
     steps = (torch.arange(size, device=start.device) + 0.5) / size
     centre = (start[:, None] + length[:, None] * steps) * stored
     width = (length.abs() * stored / size).clamp(min=1)  # > 1 when shrinking: anti-aliasing

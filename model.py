@@ -71,7 +71,7 @@ class Backbone(nn.Module):
             raise UserError(f"it outputs {list(x.shape[1:])}, no square grid of patch embeddings")
 
     def to_features(self, x):
-        """What the net's forward_features outputs -> Features."""
+        """What the net's forward_features outputs, [B, P + N, D] or [B, D, h, w], -> Features."""
         if self.outputs_tokens:
             x = self.token_norm(x)
             patches = x[:, self.prefix :]
@@ -85,8 +85,8 @@ class Backbone(nn.Module):
         return self.to_features(self.net.forward_features(normalised))
 
     def __str__(self):
-        size = f"{self.parameter_count / 1e6:.2f} M parameters, {self.image_size} px"
-        return f"{size}, grid {self.grid}"
+        return (f"{self.parameter_count / 1e6:.2f} M parameters, {self.image_size} px, "
+                f"grid {self.grid}")
 
 def timm_arguments(name, image_size, arguments):
     """timm's arguments for an image size: transformers take it as img_size, conv nets take any.
@@ -155,15 +155,16 @@ def student_arguments(text):
     return arguments
 
 def teacher_source(name, weights):
-    """timm's name of a teacher, its timm arguments, a file of its weights or "", and pool. They are
-    read from a student.safetensors, so that a student can be the next teacher."""
+    """timm's name of a teacher, its timm arguments, a file of its weights or "", and pool: those
+    that a student.safetensors holds, so that a student can be the next teacher."""
     weights = weights or WEIGHTS.get(name, "")
+    how = dict(model=TEACHERS.get(name, name), args={}, pool="cls")
     try:
-        metadata = safe_open(weights, "pt").metadata() if weights.endswith(".safetensors") else {}
-        how = json.loads((metadata or {}).get("student", "{}"))
+        if weights.endswith(".safetensors"):
+            how |= json.loads((safe_open(weights, "pt").metadata() or {}).get("student", "{}"))
     except Exception as error:
         raise UserError(f"{weights} does not fit {name}: {reason(error)}") from error
-    return TEACHERS.get(name, name), how.get("args", {}), weights, how.get("pool", "cls")
+    return how["model"], how["args"], weights, how["pool"]
 
 def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     """The frozen teacher, in eval mode; attribute fingerprint names its weights. Raises UserError.
@@ -172,7 +173,7 @@ def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     timm_name, arguments, weights, pool = teacher_source(name, weights)
     timm_arguments(timm_name, image_size, arguments)  # raises before anything is downloaded
     net = load_net(timm_name, weights, num_classes=0, **arguments)  # at its native size
-    digest = hashlib.sha256(str(arguments).encode())
+    digest = hashlib.sha256(f"{timm_name} {arguments} {pool}".encode())
     for value in net.state_dict().values():
         digest.update(value.numpy().tobytes())
     table = getattr(net, "pos_embed", None)
@@ -205,10 +206,9 @@ def problems(cfg):
                 timm_name, arguments, *_ = teacher_source(name, cfg.teacher_weights)
             else:
                 timm_name, arguments = name, student_arguments(cfg.student_args)
-            with torch.device("meta" if side == "teacher" else "cpu"):  # some fail only on values
-                net = build_student(timm_name, size, **arguments).train()
-                if net(torch.zeros(2, 3, size, size)).patches.shape[1] != math.prod(net.grid):
-                    raise UserError("in training it drops patch tokens")
+            # On "meta", without values, nothing is computed; some students fail only on values.
+            with torch.device("meta" if side == "teacher" else "cpu"):
+                build_student(timm_name, size, **arguments).train()(torch.zeros(2, 3, size, size))
         except Exception as error:  # timm models fail in many ways on what they do not take
             found.append(f"--{side} {name} at {size} px: {reason(error)}")
     return found
@@ -257,7 +257,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def fit(self, features):
-        """Measure mean, axes and scale on teacher features float32 [n, Dt]. Deterministic."""
+        """Measure mean, axes and scale on a term's tokens, float32 [any, Dt]. Deterministic."""
         self.mean.copy_(features.mean(0))
         if self.kind == "pca":
             centred = features - self.mean

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save
 from timm.optim import param_groups_weight_decay
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 
 import data
 import eval as evaluation
@@ -39,7 +39,7 @@ from config import Config, EvalConfig, UserError, cli, log, reason, validate, wr
 STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
 SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
-CHECKED, SAME = 16, 0.99  # cached targets that are compared with live ones; their least cosine
+CHECKED, SAME = 16, 0.99  # images whose cached and live targets are compared; the least cosine
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
@@ -57,7 +57,7 @@ def parameter_groups(module, weight_decay):
     return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=tokens)
 
 class Run:
-    """What the loop works with. images: uint8 [I, 3, S, S]. targets: for each cached view, codes
+    """What the loop works with. images: uint8 [I, 3, S, S]. codes: the targets of each cached view,
     int8 [I, T, D + 2]. Both are read from files; on a GPU both move there if they fit."""
     def __init__(self, cfg, objective, device, rank, world):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
@@ -66,7 +66,7 @@ class Run:
         teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
         self.teacher = teacher.to(device)  # None once its targets are cached
         self.store = data.open_store(cfg, cfg.train_split, cfg.max_samples)
-        self.images, self.targets = self.store.images, []
+        self.images, self.codes = self.store.images, []
         self.steps_per_epoch = -(-len(self.store) // cfg.batch_size)
         self.objective = objective(models.student_of(cfg).train(), teacher, cfg).to(device)
         groups = parameter_groups(self.objective, cfg.weight_decay)
@@ -89,7 +89,7 @@ def start(run):
     if run.rank == 0 and cfg.resume and latest.exists():
         saved, own = models.load_checkpoint(latest)
         refuse_changes(f"{path} holds a run with other settings; see --run_dir and --no_resume",
-                       own.settings(free=False) | saved["fixed"], run.fixed)  # the defaults first
+                       own.settings(free=False) | saved["fixed"], run.fixed)
     if run.world > 1:
         shared = [saved, run.fixed]
         dist.broadcast_object_list(shared, 0)
@@ -106,13 +106,13 @@ def start(run):
     else:
         rows = data.epoch_order(len(run.store), cfg.seed, 0)[:STAT_IMAGES]
         run.objective.fit(embed_stored(run, 0, data.chunks(rows), "fitting the heads"))
-        for buffer in run.objective.buffers() if run.world > 1 else ():  # to the bit alike
+        for buffer in run.objective.buffers() if run.world > 1 else ():  # the same bits everywhere
             dist.broadcast(buffer, 0)
     step = saved["step"] if saved else 0
     caching = cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch
     rows = np.arange(CHECKED) % len(run.store)
     expected = run.objective.targets(next(embed_stored(run, 0, [rows]))) if caching else None
-    compile_networks(run)  # only now: it would compile for the 64 and 16 images above, too
+    compile_networks(run)  # only now, as each size of a batch is compiled for
     if caching:
         cache_targets(run, cache_folder(run), rows, expected)
     run.logged_at = run.saved_at = monotonic()
@@ -171,7 +171,7 @@ def cache_folder(run):
     return Path(cfg.cache_dir) / "targets" / digest[:12]
 
 def cache_targets(run, folder, rows, expected):
-    """Fill `run.targets`, unless an earlier run has filled the cache, and drop the teacher. The
+    """Fill `run.codes`, unless an earlier run has filled the cache, and drop the teacher. The
     heads' fixed maps are stored with it, but no buffers of `predict`, which trains. As the code may
     have changed since, some rows of view 0 are compared with those expected. Raises UserError."""
     heads = folder / "heads.safetensors"
@@ -187,19 +187,20 @@ def cache_targets(run, folder, rows, expected):
     first = len(files) * run.rank // run.world  # processes begin with different views
     for view in np.roll(range(len(files)), -first):
         data.make_once(files[view], partial(fill_view, run, view))
-    run.targets = [data.RowFile(file, torch.int8, shape) for file in files]
+    run.codes = [data.RowFile(file, torch.int8, shape) for file in files]
 
-    cached, expected = data.dequantise(run.targets[0][rows]), expected.cpu()
-    # At each token place the cosine over all rows, if cached and expected are equally long.
-    if ((cached * expected).sum((0, 2)) < SAME * expected.square().sum((0, 2))).any():
+    cached, expected = data.dequantise(run.codes[0][rows]), expected.cpu()
+    # For each token over all rows: |a - b|^2 = (2 - 2 cos) |b|^2 where both are equally long.
+    error, length = [x.square().sum((0, 2)) for x in (cached - expected, expected)]
+    if (error > (2 - 2 * SAME) * length).any():
         raise UserError(f"{folder} holds other targets than those of the code now: delete it")
     run.teacher = None
     log.info("all targets are cached: the teacher is dropped")
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-        arrays = [run.images, *run.targets]
+        arrays = [run.images, *run.codes]
         if sum(array.nbytes for array in arrays) < DEVICE_SHARE * torch.cuda.mem_get_info()[0]:
-            run.images, *run.targets = [array.to(run.device) for array in arrays]
+            run.images, *run.codes = [array.to(run.device) for array in arrays]
 
 def fill_view(run, view, path):
     """Write the codes of all images of a view, in full batches: torch compiles for one size."""
@@ -209,7 +210,7 @@ def fill_view(run, view, path):
         for features in embed_stored(run, view, parts, f"targets of view {view}"):
             codes = data.quantise(run.objective.targets(features)).cpu().numpy()
             file.write(codes)
-        file.truncate(len(run.store) * codes[0].nbytes)  # as images fill up the last batch
+        file.truncate(len(run.store) * codes[0].nbytes)  # the first images filled up the last part
 
 def embed_stored(run, view, parts, title=None):
     """Yield the teacher's Features of a view of stored images, for each of some parts of rows."""
@@ -235,7 +236,7 @@ def batches(run, parts, codes=None):
             yield data.to_device(images, run.device), data.to_device(some, run.device), index
 
 def read_rows(images, codes, rows):
-    return images[rows], None if codes is None else codes[rows], torch.from_numpy(rows)
+    return images[rows], codes and codes[rows], torch.from_numpy(rows)
 
 def train_step(run, images, codes, index, epoch, view, step):
     """One step on stored images [B, 3, S, S] and cached targets, or None; returns statistics."""
@@ -268,9 +269,10 @@ def train_step(run, images, codes, index, epoch, view, step):
 def average_gradients(module, world):
     """Over all processes, by one all-reduce: DistributedDataParallel rules out CUDA graphs."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = parameters_to_vector(gradients) / world
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
     dist.all_reduce(flat)
-    vector_to_parameters(flat, gradients)
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 def report(run, step, recent, stopping):
     """Average, check and log the statistics of recent steps; evaluate at an epoch's end.
@@ -370,8 +372,8 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         step, recent = start(run), []
         with received_signals() as received:
             for epoch in range(step // run.steps_per_epoch, cfg.epochs):
-                view = epoch % cfg.teacher_views if run.targets else epoch
-                codes = run.targets[view] if run.targets else None
+                view = epoch % cfg.teacher_views if run.codes else epoch
+                codes = run.codes[view] if run.codes else None
                 order = data.epoch_order(len(run.store), cfg.seed, epoch)
                 parts = data.batch_rows(order, cfg.batch_size, rank, world)
                 rest = parts[step % run.steps_per_epoch :]  # of an epoch that was interrupted

@@ -18,7 +18,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -134,6 +134,7 @@ def test_two_and_four_processes_give_the_losses_of_one(ranks):
     assert close(ranks[1], ranks[2]) and close(ranks[1], ranks[4])
 
 
+@slow
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_run_of_two_processes_goes_on_with_any_number(train, ranks, tmp_path, count):
     """To the bit with as many, else as close as if it had been begun so."""
@@ -145,6 +146,7 @@ def test_a_run_of_two_processes_goes_on_with_any_number(train, ranks, tmp_path, 
     assert close(ranks[2], tmp_path) and same(ranks[2], tmp_path) == (count == 2)
 
 
+@slow
 def test_machines_have_a_store_and_cache_each_and_need_not_share_the_run_folder(
         train, ranks, tmp_path):
     machines = [tmp_path / "a", tmp_path / "b"]
@@ -161,17 +163,20 @@ def test_machines_have_a_store_and_cache_each_and_need_not_share_the_run_folder(
     assert not (machines[1] / "run").exists()
 
 
+@slow
 def test_a_second_run_in_the_same_folder_ends_at_once(train, ranks):
     with FileLock(ranks[2] / "run.lock"):
         statuses, texts = train([ranks[2]] * 2)
     assert statuses[0] == 2 and statuses[1] and "another process is training" in texts[0], texts
 
 
+@slow
 def test_an_indivisible_batch_is_refused(train, tmp_path):
     statuses, texts = train([tmp_path] * 2, "--batch_size", "15")
     assert statuses == [2, 2] and "not a multiple of the processes" in texts[0]
 
 
+@slow
 @pytest.mark.parametrize("signalled", [[1], [0, 1, 0, 1]])
 def test_a_signal_to_one_or_all_processes_saves_and_ends_all(train, ranks, tmp_path, signalled):
     """SLURM signals everyone, and torchrun hands it on; or only one is signalled."""
@@ -184,6 +189,7 @@ def test_a_signal_to_one_or_all_processes_saves_and_ends_all(train, ranks, tmp_p
     assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
 
+@slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_who_loses_a_process_ends_too(train, ranks, tmp_path, killed):
     path, begin = tmp_path / "run/metrics.jsonl", time.time()
@@ -194,6 +200,7 @@ def test_who_loses_a_process_ends_too(train, ranks, tmp_path, killed):
     assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
 
+@slow
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs Linux's list of children")
 def test_a_killed_worker_ends_torchrun_and_the_same_command_goes_on(train, ranks, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -212,6 +219,7 @@ def test_a_killed_worker_ends_torchrun_and_the_same_command_goes_on(train, ranks
     assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
 
+@slow
 def test_compiled_runs_keep_plain_names_and_nearly_the_losses(train, ranks, tmp_path):
     statuses, texts = train([tmp_path], "--compile", "on")
     if statuses[0] and "compiler" in texts[0]:
@@ -222,6 +230,7 @@ def test_compiled_runs_keep_plain_names_and_nearly_the_losses(train, ranks, tmp_
     assert weights(ranks[1]).keys() == weights(tmp_path).keys()
 
 
+@slow
 def test_mistakes_end_with_a_message_and_status_2(train, tmp_path):
     command = [sys.executable, "eval.py", "nowhere.pth"]
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)

@@ -38,9 +38,5 @@ class EMA(model.Distiller):
         return self.average
 
 
-def main(cfg: Config) -> dict:
-    return train.main(cfg, objective=EMA)
-
-
 if __name__ == "__main__":
-    cli(main, Config)
+    cli(lambda cfg: train.main(cfg, objective=EMA), Config)

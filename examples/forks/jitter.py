@@ -3,8 +3,8 @@
     python examples/forks/jitter.py --preset demo --run_dir runs/jitter
 
 The colours of an image follow from (seed, view, image): both networks see the same ones, at their
-own sizes, and a view that is cached looks the same in every epoch. The cache does not see STRENGTH:
-delete cache/targets after changing it.
+own sizes, and a view that is cached looks the same in every epoch. After a change of STRENGTH an
+older cache is refused by name.
 """
 
 import sys
@@ -34,9 +34,5 @@ class Jitter(model.Distiller):
         return (brightness * (mean + contrast * (images - mean))).clamp(0, 1)
 
 
-def main(cfg: Config) -> dict:
-    return train.main(cfg, objective=Jitter)
-
-
 if __name__ == "__main__":
-    cli(main, Config)
+    cli(lambda cfg: train.main(cfg, objective=Jitter), Config)

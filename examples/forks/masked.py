@@ -41,9 +41,5 @@ class Masked(model.Distiller):
         return losses.mean()
 
 
-def main(cfg: Config) -> dict:
-    return train.main(cfg, objective=Masked)
-
-
 if __name__ == "__main__":
-    cli(main, Config)
+    cli(lambda cfg: train.main(cfg, objective=Masked), Config)

@@ -44,9 +44,5 @@ class Middle(model.Distiller):
         return DeepFeatures(*backbone.to_features(last), middle)
 
 
-def main(cfg: Config) -> dict:
-    return train.main(cfg, objective=Middle)
-
-
 if __name__ == "__main__":
-    cli(main, Config)
+    cli(lambda cfg: train.main(cfg, objective=Middle), Config)

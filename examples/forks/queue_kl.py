@@ -43,9 +43,5 @@ class QueueKL(model.Distiller):
         self.queue.copy_(torch.cat([self.newest, self.queue])[: self.size])
 
 
-def main(cfg: Config) -> dict:
-    return train.main(cfg, objective=QueueKL)
-
-
 if __name__ == "__main__":
-    cli(main, Config)
+    cli(lambda cfg: train.main(cfg, objective=QueueKL), Config)
