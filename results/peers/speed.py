@@ -1,6 +1,6 @@
 """CPU time of 50 epochs with LightlyTrain and this program: ViT-S/14 -> ViT-Ti/16, both at 112 px.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python results/peers/speed.py LIGHTLY_PYTHON
+    OMP_NUM_THREADS=1 taskset -c 0 python results/peers/speed.py LIGHTLY_PYTHON  # > speed.txt
 
 Each side runs for a few epochs of different lengths, whose differences are free of starting up:
 the time of an epoch of LightlyTrain, of an epoch on cached targets, and of caching a view. Weights
@@ -8,6 +8,8 @@ are random, which cost what trained ones cost; images are drawn. CPU seconds, so
 the core does not count.
 """
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -61,7 +63,8 @@ def ours(folder: Path, epochs: int, views: int) -> float:
         epochs=epochs, teacher_views=views, precision="bf16", run_dir=str(folder / name),
         cache_dir=str(folder / f"{name}-cache"), save_every=0)
     begin = cpu_seconds()
-    train.main(cfg)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(cfg)
     return cpu_seconds() - begin
 
 
