@@ -319,7 +319,7 @@ def render(images, boxes, size):
     down = resize_matrix(y, h, size, images.shape[-1])
     with torch.autocast(images.device.type, enabled=False):
         pixels = images.float() / 255
-        return (down[:, None] @ (pixels @ across[:, None].mT)).clamp_(0, 1)
+        return torch.einsum("biy, bcyx, bjx -> bcij", down, pixels, across).clamp_(0, 1)
 
 def resize_matrix(start, length, size, stored):
     """start, length [B] -> weights [B, size, stored] of the stored pixels (Keys 1981, a = -0.5)."""
