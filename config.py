@@ -34,7 +34,7 @@ ALIASES = dict(  # what similar programs call a setting -> its name here
 class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""
 
-def setting(default, help, low=None, high=float("inf"), choices=(), *, free):
+def setting(default, help, low=None, high=1e9, choices=(), *, free):
     """A setting and its flag. When a run is continued a fixed one must be the same as before."""
     rules = dict(help=help, low=low, high=high, choices=choices, free=free)
     return field(default=default, metadata=rules)
