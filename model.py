@@ -91,8 +91,8 @@ class Backbone(nn.Module):
 def timm_arguments(name, image_size, arguments):
     """timm's arguments for an image size: transformers take it as img_size, conv nets take any.
     Raises UserError for unknown names, and for sizes that leave a border outside all patches."""
-    if any(argument.startswith(("pretrained", "checkpoint")) for argument in arguments):
-        raise UserError("arguments load no weights; for weights see --student_weights")
+    if any(key.startswith(("pretrained", "checkpoint", "patch_drop")) for key in arguments):
+        raise UserError("for weights see --student_weights; patches are not dropped")
     if not timm.is_model(name):  # timm would also take "hf-hub:owner/name"
         close = suggestion(name, [*TEACHERS, *timm.list_models()])
         raise UserError(f"not a model of timm {timm.__version__}{close}")

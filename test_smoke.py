@@ -100,6 +100,7 @@ def test_help_spells_flags_as_they_are(capsys):
     (dict(student_size=100), "multiple of"),
     (dict(teacher="dinov2_vitb14", teacher_size=96), "such as 98"),
     (dict(student_args="depth"), "name=value"),
+    (dict(student_args="patch_drop_rate=0.5"), "patches are not dropped"),
     (dict(student_args="drop_path_rate=2"), "bernoulli"),
     (dict(student_args="depht=6"), "depht"),
     (dict(student="dinov2_vits14", student_size=28, student_args=""), "not a model of timm"),

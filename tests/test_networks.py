@@ -111,7 +111,7 @@ def test_a_teachers_file_chooses_no_other_file(tmp_path):
     how = json.dumps(dict(args=dict(checkpoint_path="other.pth")))
     path = tmp_path / "hostile.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, dict(student=how))
-    with pytest.raises(UserError, match="arguments load no weights"):
+    with pytest.raises(UserError, match="for weights see"):
         model.load_teacher("vit_tiny_patch16_224", 32, str(path))
 
 
