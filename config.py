@@ -28,8 +28,8 @@ PRESETS = {
     "course": dict(head="frozen", loss="mse", student_size=224, batch_size=64, epochs=100, lr=5e-4,
                    weight_decay=0.04, warmup_epochs=10.0)}
 ALIASES = dict(  # what similar programs call a setting -> its name here
-    learning_rate="lr", num_epochs="epochs", output_dir="run_dir", resume_from="run_dir",
-    dataset_name="dataset", data_dir="dataset", image_size="student_size", use_amp="precision")
+    learning_rate="lr", num_epochs="epochs", checkpoint_dir="run_dir", resume_from="run_dir",
+    use_torch_compile="compile", output_dir="run_dir", data_dir="dataset", use_amp="precision")
 
 class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""

@@ -69,8 +69,9 @@ def demo_distiller(**changes):
 
 def test_mistakes_are_reported_together_with_the_nearest_name():
     with pytest.raises(UserError) as flags:
-        parse(Config, "--epoch 5 --learning_rate 1 --loss cosin".split())
-    for expected in ("did you mean --epochs", "did you mean --lr", "not one of cosine, mse"):
+        parse(Config, "--epoch 5 --learning_rate 1 --checkpoint_dir x --loss cosin".split())
+    for expected in ("did you mean --epochs", "did you mean --lr", "did you mean --run_dir",
+                     "not one of cosine, mse"):
         assert expected in str(flags.value)
     argv = "--dataset cifar1 --student vit_smal_patch16_224 --cls_weight 0 --patch_weight 0"
     with pytest.raises(UserError) as values:
