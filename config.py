@@ -170,9 +170,8 @@ def parse(cls, argv):
             parser.add_argument(f"--{name}", action="store_true", help=text)
             parser.add_argument(f"--no_{name}", dest=name, action="store_false")
         else:
-            choices = "|".join(filter(None, option.metadata["choices"]))
-            parser.add_argument(f"--{name}", type=option.type, help=text,
-                                metavar=choices or option.type.__name__)
+            kind = "|".join(filter(None, option.metadata["choices"])) or option.type.__name__
+            parser.add_argument(f"--{name}", type=option.type, metavar=kind, help=text)
     known, unknown = parser.parse_known_args(argv)
     given, found = vars(known), []
     for word in [word for word in unknown if word.startswith("-")] or unknown:
@@ -222,6 +221,7 @@ def reason(error):
 def from_hub(what, instead, load, *arguments, **options):
     """load(*arguments, **options), which may download. Raises UserError.
     If the Hub does not respond in five seconds, its libraries go offline and do not retry."""
+    hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     try:
         if not hub.constants.HF_HUB_OFFLINE:
             hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=5)

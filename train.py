@@ -236,7 +236,7 @@ def batches(run, parts, codes=None):
             yield data.to_device(images, run.device), data.to_device(some, run.device), index
 
 def read_rows(images, codes, rows):
-    return images[rows], codes and codes[rows], torch.from_numpy(rows)
+    return images[rows], None if codes is None else codes[rows], torch.from_numpy(rows)
 
 def train_step(run, images, codes, index, epoch, view, step):
     """One step on stored images [B, 3, S, S] and cached targets, or None; returns statistics."""

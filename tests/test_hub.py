@@ -24,6 +24,8 @@ import pytest
 import safetensors.torch
 import timm
 
+import config
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -375,3 +377,11 @@ def test_a_trouble_that_passes_goes_unnoticed(troubled, tmp_path, trouble, reque
     assert done.returncode == 0 and "done. Evaluate with" in done.stdout, done.stderr[-3000:]
 
 
+def test_usage_reports_are_off_whoever_imported_the_library_first(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "torch/" in huggingface_hub.utils.build_hf_headers()["user-agent"]
+    config.from_hub("", "", lambda: None)
+    assert "torch/" not in huggingface_hub.utils.build_hf_headers()["user-agent"]

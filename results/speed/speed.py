@@ -100,17 +100,18 @@ def floor_step(cfg: Config, dtype):
     tokens = 1 + objective.student.grid[0] ** 2
     targets = torch.randn(cfg.batch_size, tokens, len(objective.heads["cls"].scale))
     pixels = torch.rand(cfg.batch_size, 3, cfg.teacher_size, cfg.teacher_size)
+    autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
 
     def student_step():
         optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast:
             loss, _ = objective(images, targets)
         loss.backward()
         optimiser.step()
 
     @torch.inference_mode()
     def teacher_forward():
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast:
             teacher(pixels)
 
     return student_step, teacher_forward
