@@ -23,10 +23,7 @@ PRESETS = {
         student_size=32, crop_scale=0.8, precision="fp32", batch_size=64, epochs=14, lr=3e-3,
         eval_at_end=True),
     # 500,000 images of your own on one GPU. No run of that size has been made.
-    "hf": dict(dataset="", batch_size=512, epochs=100, warmup_epochs=5.0),
-    # Of the course project that this one grew from.
-    "course": dict(head="frozen", loss="mse", student_size=224, batch_size=64, epochs=100, lr=5e-4,
-                   weight_decay=0.04, warmup_epochs=10.0)}
+    "hf": dict(dataset="", batch_size=512, epochs=100, warmup_epochs=5.0)}
 ALIASES = dict(  # what similar programs call a setting -> its name here
     learning_rate="lr", num_epochs="epochs", checkpoint_dir="run_dir", resume_from="run_dir",
     use_torch_compile="compile", output_dir="run_dir", data_dir="dataset", use_amp="precision")
@@ -34,13 +31,12 @@ ALIASES = dict(  # what similar programs call a setting -> its name here
 class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""
 
-def setting(default, help, low=None, high=1e9, choices=(), *, free):
+def fixed(default, help, low=None, high=1e9, choices=(), free=False):
     """A setting and its flag. When a run is continued a fixed one must be the same as before."""
     rules = dict(help=help, low=low, high=high, choices=choices, free=free)
     return field(default=default, metadata=rules)
 
-fixed = partial(setting, free=False)
-free = partial(setting, free=True)
+free = partial(fixed, free=True)
 
 @dataclass(frozen=True)
 class Config:
@@ -75,9 +71,8 @@ class Config:
     student_size: int = fixed(96, "pixels the student sees; a multiple of its patch", 8, 4096)
     pool: str = fixed("cls", "embed by class token, or mean of patches", choices=("cls", "mean"))
     # loss
-    head: str = fixed("auto", "pca, frozen: map on principal, random axes; linear: trained; auto: "
-                      "pca for ViTs, else linear", choices=("auto", "pca", "frozen", "linear"))
-    loss: str = fixed("cosine", "distance to the target", choices=("cosine", "mse"))
+    head: str = fixed("auto", "pca: fixed map to principal axes; linear: trained; auto: pca for "
+                      "ViTs, else linear", choices=("auto", "pca", "linear"))
     cls_weight: float = fixed(1.0, "weight of the [CLS] loss", 0)
     patch_weight: float = fixed(0.5, "weight of the patch loss", 0)
     # optimisation
@@ -91,7 +86,7 @@ class Config:
     # run
     run_dir: str = free("", "run folder; empty = runs/DATASET-TEACHER-STUDENT")
     resume: bool = free(True, "continue the run in run_dir; --no_resume moves it aside first")
-    device: str = free("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = free("auto", "where to run", choices=("auto", "cuda", "cpu"))
     precision: str = free("auto", "auto = bf16 where the hardware has it, else fp16 on CUDA or "
                           "fp32", choices=("auto", "bf16", "fp16", "fp32"))
     compile: str = free("auto", "torch.compile; auto = on CUDA", choices=("auto", "on", "off"))
@@ -106,15 +101,6 @@ class Config:
         """The free settings, or the fixed ones: name -> value."""
         return {option.name: getattr(self, option.name) for option in fields(self)
                 if option.metadata["free"] == free}
-
-    def problems(self):
-        """What is wrong with data and batches; `model.problems` adds what concerns the models."""
-        found = data_problems(self.dataset) + data_problems(self.eval_dataset or self.dataset)
-        if self.cls_weight == self.patch_weight == 0:
-            found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
-        if self.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
-            found.append(f"--batch_size {self.batch_size} is not a multiple of the processes")
-        return found
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -134,17 +120,15 @@ def suggestion(name, known, dashes=""):
     close = [dashes + match for match in difflib.get_close_matches(name, list(known))]
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
-def data_problems(dataset):
-    """What is wrong with the name of a data set."""
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset)
-    if dataset in DATASETS or on_hub or (dataset and Path(dataset).is_dir()):
-        return []
-    return [f"no data set {dataset!r}: --dataset and --eval_dataset take a folder, owner/name on "
-            f"the Hub, {', '.join(DATASETS)}"]
-
-def validate(cfg, found=()):
-    """cfg, or one UserError with every problem: those found already, and wrong values."""
+def validate(cfg, found=(), data=()):
+    """cfg, or one UserError with every problem: those found already, names in `data` that are no
+    data sets, and wrong values."""
     found = list(found)
+    for name in dict.fromkeys(data):
+        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+        if not (name in DATASETS or on_hub or (name and Path(name).is_dir())):
+            found.append(f"no data set {name!r}: --dataset and --eval_dataset take a folder, "
+                         f"owner/name on the Hub, {', '.join(DATASETS)}")
     for name, value in vars(cfg).items():
         rule = cfg.__dataclass_fields__[name].metadata
         low, high = rule.get("low"), rule.get("high")
@@ -153,7 +137,7 @@ def validate(cfg, found=()):
         elif low is not None and not low <= value <= high:
             found.append(f"--{name} {value}: must be from {low} to {high:g}")
     if found:
-        raise UserError("\n".join(dict.fromkeys(found)))
+        raise UserError("\n".join(found))
     return cfg
 
 def parse(cls, argv):

@@ -30,16 +30,14 @@ from tqdm import tqdm
 from config import DATASETS, UserError, from_hub, log, reason, slug, write_atomically
 
 progress = partial(tqdm, leave=False, delay=2)  # a bar, after two seconds
-
 STORE_FORMAT = 6  # raise it when decoding changes: older stores are then not found
 CHUNK = 64  # images that are decoded or embedded at once
 ORDER, VIEW = range(2)  # keep the random numbers of epochs and views apart
 THREADS = min(16, os.cpu_count() or 1)  # that decode and read
 LABEL_COLUMNS = "label", "fine_label", "cls"
 FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # of Pillow's; EPS runs programs
-SPLITS = dict(  # a split -> what it may be called, the first that is there
-    train=["train", "training"],
-    test=["test", "testing", "validation", "valid", "val", "dev"])
+SPLITS = dict(train=["train", "training"],  # what a split may be called, the first that is there
+              test=["test", "testing", "validation", "valid", "val", "dev"])
 
 class NoSplit(UserError):
     """The data set exists, but has no such split."""
@@ -62,8 +60,7 @@ def make_once(path, make):
     """Unless `path` exists, make(temporary path) a file or folder; other processes wait for it."""
     if path.exists():  # perhaps on a disk that is read-only
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with FileLock(f"{path}.lock"):  # also makes the folders around it
         if not path.exists():
             write_atomically(path, make)
 
@@ -75,9 +72,8 @@ def check_space(folder, need, advice):
 def list_files(folder):
     """Relative name -> size of a data set's files: its images, or if it has tables all files.
     Links are followed, hidden files are left out."""
-    names = sorted(glob.glob("**", root_dir=folder, recursive=True))
-    paths = {name: os.path.join(folder, name) for name in names}
-    files = {name: os.path.getsize(path) for name, path in paths.items() if os.path.isfile(path)}
+    folder, names = Path(folder), sorted(glob.glob("**", root_dir=folder, recursive=True))
+    files = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
     images = {name: size for name, size in files.items() if is_image(name)}
     has_tables = any(name.endswith((".parquet", ".arrow")) for name in files)
     return images if images and not has_tables else files
@@ -192,8 +188,7 @@ def decode_chunk(cells, size, folders):
         try:
             decoded.append(decode(cell, size, folders))
         except Exception as error:  # PIL raises nearly anything on hostile bytes
-            why = reason(error).split(" <_io")[0]  # PIL appends the address of a BytesIO
-            decoded.append(f"{(cell or {}).get('path')}: {why}")
+            decoded.append(f"{(cell or {}).get('path')}: {reason(error)}")
     return decoded
 
 class RowFile:
@@ -336,9 +331,7 @@ def to_device(tensor, device):
     """Move to a device; for CUDA by way of pinned memory, so that nothing waits for the copy."""
     if tensor is None or device.type == "cpu":
         return tensor
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 def quantise(targets):
     """Targets float32 [B, T, D] -> codes int8 [B, T, D + 2], at the end a token's float16 scale."""

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model as models
-from config import Config, EvalConfig, UserError, cli, data_problems, slug, validate
+from config import Config, EvalConfig, UserError, cli, slug, validate
 
 TEMPERATURE = 0.07  # of k-NN votes, as in DINO
 K = 20  # neighbours
@@ -30,8 +30,8 @@ HOLDOUT = 10  # C is chosen on one training image of so many
 COMPARED = 1024  # test images on which student and teacher are compared directly
 COLUMNS = dict(  # of the table: key of a row -> format
     model="{}", knn20="{:.1%}", linear="{:.1%}", keeps_knn20="{:.1%}", keeps_linear="{:.1%}",
-    cos_cls="{:.3f}", cos_patch="{:.3f}", similarity="{:.3f}", rank="{:.0f}", params_m="{:.2f}",
-    gflops="{:.3f}", images_per_s="{:.0f}")
+    cos_cls="{:.3f}", cos_patch="{:.3f}", similarity="{:.3f}", params_m="{:.2f}", gflops="{:.3f}",
+    images_per_s="{:.0f}")
 
 def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int = K) -> Tensor:
     """Weighted k-NN on the cosine, with votes exp(cos / 0.07): predicted labels int64 [Q].
@@ -88,11 +88,6 @@ def linear_probe(train, labels, test):
     w = fit_probe(train.float(), labels, C, w)  # float32 is faster, float64 goes on from there
     return probe_predict(fit_probe(train, labels, C, w), test), C
 
-def effective_rank(features):
-    """exp of the entropy of the singular values, centred (Roy and Vetterli 2007): 1 to D."""
-    share = torch.linalg.eigvalsh(torch.cov(features.double().T, correction=0)).clamp_min(0).sqrt()
-    return float(torch.special.entr(share / share.sum().clamp_min(1e-300)).sum().exp())
-
 class Bench:
     """Training and test images of cfg.eval_dataset, else of the training data, to evaluate on.
     Without a test split a tenth of the training images is held out of k-NN and probe. Images
@@ -140,11 +135,9 @@ class Bench:
                 for store, rows in ((self.train, self.train_rows), (self.test, self.test_rows))]
 
     def evaluate(self, train, test, probe=True):
-        """Accuracies, if there are labels; mean similarity and rank of test embeddings [Q, D]."""
-        # Apple's GPUs have no float64: there the CPU does this.
-        device = self.device if self.device.type == "cuda" else "cpu"
-        train, y, test, y_test = (x.to(device) for x in (train, self.y, test, self.y_test))
-        row = dict(similarity=float(models.mean_similarity(test)), rank=effective_rank(test))
+        """Accuracies, if there are labels; mean similarity of test embeddings [Q, D]."""
+        train, y, test, y_test = (x.to(self.device) for x in (train, self.y, test, self.y_test))
+        row = dict(similarity=float(models.mean_similarity(test)))
         if self.labelled:
             row["knn20"] = accuracy(knn_predict(train, y, test), y_test)
             if probe and len(y) > 1:  # of one image none can be held out to choose C
@@ -189,20 +182,19 @@ def with_labels(store, rows, count):
     return rows, torch.from_numpy(store.labels[rows])
 
 def load(path, overrides):
-    """A checkpoint, its Config with some settings replaced, and its student. Raises UserError."""
+    """A checkpoint, and its Config with some settings replaced. Raises UserError."""
     saved, cfg = models.load_checkpoint(path)
     if not Path(cfg.cache_dir, "stores").is_dir():  # a stranger's file does not choose new places
         cfg = replace(cfg, cache_dir=Config.cache_dir)
     cfg = replace(cfg, **overrides | dict(student_weights=""))
-    validate(cfg, data_problems(cfg.eval_dataset or cfg.dataset))
-    models.pick_device(cfg.device)  # before students are made
-    return saved, cfg, models.student_of(cfg, saved["student"])
+    return saved, validate(cfg, data=[cfg.eval_dataset or cfg.dataset])
 
 def main(args):
     """Rows of checkpoints, the first one's teacher and untrained student; also in eval.json."""
     loaded = [load(path, args.overrides) for path in args.checkpoints]
     cfg = loaded[0][1]
     bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
+    students = [models.student_of(own, saved["student"]) for saved, own in loaded]
     print(f"{bench.dataset}: {len(bench.y)} training, {len(bench.y_test)} test images", flush=True)
     if not bench.labelled:
         print("no labels in one of the splits: no k-NN, no probe (--label_column, --test_split)")
@@ -210,7 +202,7 @@ def main(args):
         teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
         rows.append(bench.row(f"teacher {cfg.teacher}", teacher))
         rows.append(bench.row("student, untrained", models.student_of(cfg)))
-    for path, (saved, own, student) in zip(args.checkpoints, loaded, strict=True):
+    for path, (saved, own), student in zip(args.checkpoints, loaded, students, strict=True):
         row = bench.row(f"{Path(path).parent.name}, epoch {saved['epoch']:g}", student)
         if teacher:
             row |= {f"keeps_{name}": row[name] / rows[0][name] for name in ("knn20", "linear")

@@ -12,7 +12,7 @@ import ast
 import hashlib
 import json
 import math
-import re
+import os
 import resource
 import subprocess
 import sys
@@ -33,12 +33,12 @@ from config import Config, UserError, from_hub, log, reason, suggestion, validat
 
 TEACHERS = {  # the official names -> timm's
     f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{'_reg4' if reg else ''}_dinov2.lvd142m"
-    for size in ("small", "base", "large", "giant") for reg in ("", "_reg")}
-TEACHERS["demo"] = "vit_small_patch14_dinov2"
+    for size in ("small", "base", "large", "giant") for reg in ("", "_reg")
+} | dict(demo="vit_small_patch14_dinov2")
 WEIGHTS = dict(demo=str(Path(__file__).parent / "demo" / "teacher.safetensors"))
-WHITEN = dict(pca=0.5, frozen=0.0, linear=1.0)  # by head: targets are divided by std ** this
+WHITEN = dict(pca=0.5, linear=1.0)  # by head: targets are divided by std ** this
 TOKENS_PER_IMAGE = 8  # at most, of each term, that `Distiller.fit` uses
-FORMAT = 3  # version of the checkpoints' contents
+FORMAT = 4  # version of the checkpoints' contents
 
 class Features(NamedTuple):
     """What a Backbone outputs: cls [B, D], patches [B, N, D], in the dtype of the forward."""
@@ -144,7 +144,7 @@ def student_of(cfg, state=None):
 def student_arguments(text):
     """'depth=6 weight_init=jax' -> {"depth": 6, "weight_init": "jax"}."""
     arguments = {}
-    for item in filter(None, re.split(r"[\s,]+(?![^(]*\))", text)):  # not inside parentheses
+    for item in text.split():
         name, _, value = item.partition("=")
         if not value:
             raise UserError("--student_args takes name=value")
@@ -197,8 +197,12 @@ def official_position_table(table, grid):
     return torch.cat([table[:, :1], patches.flatten(2).mT], 1)
 
 def problems(cfg):
-    """What is wrong with a Config, found before anything is downloaded or written."""
-    found = cfg.problems()
+    """What is wrong with losses, batches and models, before anything is downloaded or written."""
+    found = []
+    if cfg.cls_weight == cfg.patch_weight == 0:
+        found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
+    if cfg.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+        found.append(f"--batch_size {cfg.batch_size} is not a multiple of the processes")
     for side in ("teacher", "student"):
         name, size = getattr(cfg, side), getattr(cfg, f"{side}_size")
         try:
@@ -217,13 +221,6 @@ def cosine_loss(student: Tensor, target: Tensor) -> Tensor:
     """Cosine distance of each token: (..., D), any float dtype -> float32 (...), in [0, 2]."""
     return 1 - F.cosine_similarity(student.float(), target.float(), dim=-1)
 
-def mse_loss(student: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of unit vectors: (..., D), any float dtype -> float32 (...).
-    That is (2 - 2 cos) / D, the cosine loss with gradients D / 2 times smaller."""
-    return cosine_loss(student, target) * 2 / student.shape[-1]
-
-LOSSES = dict(cosine=cosine_loss, mse=mse_loss)
-
 def resample_patches(patches, grid, new_grid):
     """Patch tokens [B, N, D] on one grid -> [B, N', D] on another, by position in the image."""
     if grid == new_grid:
@@ -238,7 +235,6 @@ class Head(nn.Module):
     Teacher: target = (features - mean) @ basis / scale, all three set once by `fit`.
       pca      basis = the Ds principal axes. A narrower teacher (Dt < Ds) fills the first Dt
                dimensions and leaves the others zero. For ViTs.
-      frozen   basis = random orthonormal axes.
       linear   basis = the identity.
     Student: predict(features) is the identity, and for linear a trained map Ds -> Dt: most conv
     nets end in a ReLU, so they cannot output the negative values of centred targets.
@@ -264,10 +260,6 @@ class Head(nn.Module):
             covariance = (centred.T @ centred).cpu().double()
             axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : len(self.scale)]
             self.basis.zero_()[:, : axes.shape[1]] = axes
-        elif self.kind == "frozen":
-            generator = torch.Generator().manual_seed(0)
-            axes = nn.init.orthogonal_(torch.empty(self.basis.shape), generator=generator)
-            self.basis.copy_(axes)
         std = ((features - self.mean) @ self.basis).std(0, correction=0)
         self.scale.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0) ** self.whiten)
 
@@ -297,7 +289,6 @@ class Distiller(nn.Module):
         kind = kind if cfg.head == "auto" else cfg.head
         heads = {name: Head(kind, student.embed_dim, teacher.embed_dim) for name in self.terms}
         self.heads = nn.ModuleDict(heads)
-        self.distance = LOSSES[cfg.loss]
         self.weights = dict(cls=cfg.cls_weight, patch=cfg.patch_weight)
 
     def shared_view(self, images, view, index):
@@ -338,7 +329,7 @@ class Distiller(nn.Module):
 
     def term_loss(self, name, prediction, target):
         """A term's predictions and targets [B, T, D] -> a scalar. The place for masks."""
-        return self.distance(prediction, target).mean()
+        return cosine_loss(prediction, target).mean()
 
     def forward(self, images, targets):
         """Student's view [B, 3, s, s] and targets [B, T, D] -> (loss, 0-d tensors for the log)."""
@@ -392,11 +383,11 @@ def load_checkpoint(path):
     return saved, cfg
 
 def pick_device(name):
-    """auto: a CUDA GPU, else an Apple one, else the CPU. To be called before models are made."""
-    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = next(filter(here.get, here)) if name == "auto" else name
-    if not here[name]:
-        raise UserError(f"--device {name}: torch finds no such device here")
+    """auto: a CUDA GPU, else the CPU. To be called before models are made."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no such device here")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in evaluation above all
     # On a CPU, attention written out trains ViTs 1.4 to 1.7 times as fast as torch's fused one.
     timm.layers.set_fused_attn(name != "cpu")
@@ -408,8 +399,7 @@ def pick_dtype(precision, device):
         precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     elif precision == "auto":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)  # of torch 2.6 and later
-        fast = device.type == "cpu" and capabilities().get("avx512_bf16")
-        precision = "bf16" if fast else "fp32"
+        precision = "bf16" if capabilities().get("avx512_bf16") else "fp32"
     return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
 
 def peak_memory(device):

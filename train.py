@@ -2,7 +2,6 @@
 
     python train.py --preset demo                           # everything, offline, on a laptop CPU
     python train.py --dataset cifar10 --epochs 50           # DINOv2 ViT-B/14 -> ViT-S/16, one GPU
-    python train.py --dataset ../my_images --student resnet18
     torchrun --nproc_per_node=4 train.py --dataset cifar10  # on four GPUs
 
 The teacher embeds a few views (crops) of every image once, into a cache. Each step then cuts one
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from timm.optim import param_groups_weight_decay
 from torch.nn.utils import clip_grad_norm_
 
@@ -39,7 +38,6 @@ from config import Config, EvalConfig, UserError, cli, log, reason, validate, wr
 STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
 SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
-CHECKED, SAME = 16, 0.99  # images whose cached and live targets are compared; the least cosine
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
@@ -109,12 +107,9 @@ def start(run):
         for buffer in run.objective.buffers() if run.world > 1 else ():  # the same bits everywhere
             dist.broadcast(buffer, 0)
     step = saved["step"] if saved else 0
-    caching = cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch
-    rows = np.arange(CHECKED) % len(run.store)
-    expected = run.objective.targets(next(embed_stored(run, 0, [rows]))) if caching else None
     compile_networks(run)  # only now, as each size of a batch is compiled for
-    if caching:
-        cache_targets(run, cache_folder(run), rows, expected)
+    if cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch:
+        cache_targets(run)
     run.logged_at = run.saved_at = monotonic()
     return step
 
@@ -170,29 +165,26 @@ def cache_folder(run):
     digest = hashlib.sha256(str(key).encode()).hexdigest()
     return Path(cfg.cache_dir) / "targets" / digest[:12]
 
-def cache_targets(run, folder, rows, expected):
-    """Fill `run.codes`, unless an earlier run has filled the cache, and drop the teacher. The
-    heads' fixed maps are stored with it, but no buffers of `predict`, which trains. As the code may
-    have changed since, some rows of view 0 are compared with those expected. Raises UserError."""
-    heads = folder / "heads.safetensors"
-    buffers = {k: v.cpu() for k, v in run.objective.heads.named_buffers() if ".predict." not in k}
-    data.make_once(heads, lambda temporary: temporary.write_bytes(save(buffers)))
-    run.objective.heads.load_state_dict(load_file(heads), strict=False)
-
+def cache_targets(run):
+    """Fill `run.codes`, unless an earlier run has filled the cache, and drop the teacher. As the
+    code may have changed since, each token's first targets are compared with live ones, over all
+    images of a batch. Raises UserError."""
+    folder, size = cache_folder(run), data.CHUNK * (4 if run.device.type == "cuda" else 1)
+    parts = data.batch_rows(np.arange(len(run.store)), size)  # full: torch compiles for one size
+    expected = run.objective.targets(next(embed_stored(run, 0, parts[:1]))).cpu()
     shape = len(run.store), expected.shape[1], expected.shape[2] + 2
     files = [folder / f"view_{v}.i8" for v in range(min(run.cfg.teacher_views, run.cfg.epochs))]
     need = math.prod(shape) * sum(not file.exists() for file in files)
     log.info(f"target cache {folder}: {need / 1e9:.2f} GB to be filled")
-    data.check_space(folder, need, "--teacher_views")
+    data.check_space(run.cfg.cache_dir, need, "--teacher_views")
     first = len(files) * run.rank // run.world  # processes begin with different views
     for view in np.roll(range(len(files)), -first):
-        data.make_once(files[view], partial(fill_view, run, view))
+        data.make_once(files[view], partial(fill_view, run, view, parts))
     run.codes = [data.RowFile(file, torch.int8, shape) for file in files]
 
-    cached, expected = data.dequantise(run.codes[0][rows]), expected.cpu()
-    # For each token over all rows: |a - b|^2 = (2 - 2 cos) |b|^2 where both are equally long.
+    cached = data.dequantise(run.codes[0][parts[0]])
     error, length = [x.square().sum((0, 2)) for x in (cached - expected, expected)]
-    if (error > (2 - 2 * SAME) * length).any():
+    if (error > 0.02 * length).any():  # a cosine below 0.99, where both are equally long
         raise UserError(f"{folder} holds other targets than those of the code now: delete it")
     run.teacher = None
     log.info("all targets are cached: the teacher is dropped")
@@ -202,10 +194,8 @@ def cache_targets(run, folder, rows, expected):
         if sum(array.nbytes for array in arrays) < DEVICE_SHARE * torch.cuda.mem_get_info()[0]:
             run.images, *run.codes = [array.to(run.device) for array in arrays]
 
-def fill_view(run, view, path):
-    """Write the codes of all images of a view, in full batches: torch compiles for one size."""
-    size = data.CHUNK * (4 if run.device.type == "cuda" else 1)  # docs/speed.md
-    parts = data.batch_rows(np.arange(len(run.store)), size)
+def fill_view(run, view, parts, path):
+    """Write the codes of all images of a view."""
     with open(path, "wb") as file:
         for features in embed_stored(run, view, parts, f"targets of view {view}"):
             codes = data.quantise(run.objective.targets(features)).cpu().numpy()
@@ -332,7 +322,6 @@ def processes(cfg):
     if world > 1:
         dist.init_process_group(backend)
     path = cfg.run_path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{path}.lock", timeout=0) if rank == 0 else nullcontext():
             yield device, rank, world
@@ -366,7 +355,7 @@ def must_stop(run, step, received):
 def main(cfg: Config, objective=models.Distiller) -> dict:
     """Train; returns the last metrics, with eval_at_end also the evaluation's rows.
     Raises UserError for what the user can fix, SystemExit(128 + signal) when stopped."""
-    validate(cfg, models.problems(cfg))
+    validate(cfg, models.problems(cfg), [cfg.dataset, cfg.eval_dataset or cfg.dataset])
     with processes(cfg) as (device, rank, world):
         run = Run(cfg, objective, device, rank, world)
         step, recent = start(run), []

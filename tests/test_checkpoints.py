@@ -175,7 +175,7 @@ def test_files_of_another_kind_are_refused(run, refused_by_both, name):
 @pytest.mark.parametrize("edit, words", [
     (lambda c: c.update(teacher_layers=3), "unexpected keyword argument 'teacher_layers'"),
     (lambda c: c.update(student_size="big"), "not supported between instances"),
-    (lambda c: c.update(loss="l7"), "--loss l7: not one of cosine"),
+    (lambda c: c.update(pool="max"), "--pool max: not one of cls"),
     (lambda c: c.update(crop_scale=7.0), "--crop_scale 7.0: must be from 0.01 to 1"),
 ])
 def test_a_config_of_another_version_is_refused(run, refused_by_both, edit, words):

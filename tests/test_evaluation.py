@@ -16,12 +16,6 @@ from config import EvalConfig, UserError, parse
 from test_smoke import latest, metrics
 
 
-def test_effective_rank_counts_directions():
-    low = torch.randn(5000, 4) @ torch.linalg.qr(torch.randn(32, 4)).Q.T
-    assert abs(evaluation.effective_rank(low) - 4) < 0.05
-    assert abs(evaluation.effective_rank(torch.randn(50_000, 32)) - 32) < 0.1
-
-
 def test_several_checkpoints_give_a_row_each_and_need_nothing_but_themselves(tiny):
     cfg = tiny(save_every=1)
     train.main(cfg)
@@ -78,10 +72,10 @@ def test_without_labels_spread_and_rank_are_evaluated(tiny, tmp_path, capsys):
             PIL.Image.effect_noise((40, 40), 50 + i).save(tmp_path / "flat" / split / f"{i}.png")
     cfg = tiny(dataset=str(tmp_path / "flat"), max_samples=0, epochs=1, eval_every=1)
     train.main(cfg)
-    assert {"test_similarity", "test_rank"} <= metrics(cfg)[-1].keys()
+    assert "test_similarity" in metrics(cfg)[-1]
     rows = evaluation.main(EvalConfig((latest(cfg),)))
     assert "no labels" in capsys.readouterr().out
-    assert "knn20" not in rows[-1] and {"cos_cls", "similarity", "rank"} <= rows[-1].keys()
+    assert "knn20" not in rows[-1] and {"cos_cls", "similarity"} <= rows[-1].keys()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut"])

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 # So that files are, in ascending order: images.u8 245,760 bytes, the cached targets, a checkpoint.
 TINY = dict(
     dataset="shapes", teacher="demo", teacher_size=32, student="vit_tiny_patch16_224",
-    student_size=32, student_args="embed_dim=48,depth=2,num_heads=2,patch_size=4", batch_size=16,
+    student_size=32, student_args="embed_dim=48 depth=2 num_heads=2 patch_size=4", batch_size=16,
     max_samples=80, epochs=3, teacher_views=1, save_every=1, log_every=1, precision="fp32",
     device="cpu")
 

@@ -21,13 +21,13 @@ from filelock import FileLock
 slow = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-TINY = (
+TINY = [*(
     "--dataset shapes --teacher demo --teacher_size 32 --student vit_tiny_patch16_224 "
-    "--student_size 32 --student_args embed_dim=48,depth=2,num_heads=2 --batch_size 16 "
+    "--student_size 32 --batch_size 16 "
     "--max_samples 64 --precision fp32 --device cpu --log_every 1 --head linear "
     "--run_dir run --epochs 3 --teacher_views 1 "
     "--save_every 1"
-).split()
+).split(), "--student_args", "embed_dim=48 depth=2 num_heads=2"]
 ENV = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
 # One JSON a line: the folder of each rank's machine, flags, and a file: once something is in it,

@@ -35,7 +35,7 @@ class Masked(model.Distiller):
             return torch.where(self.hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
 
     def term_loss(self, name, prediction, target):
-        losses = self.distance(prediction, target)
+        losses = model.cosine_loss(prediction, target)
         if name == "patch":
             return (losses * self.hidden).sum() / self.hidden.sum().clamp_min(1)
         return losses.mean()

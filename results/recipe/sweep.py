@@ -61,6 +61,29 @@ class NotWhitened(Whitened):
     power = 0.0
 
 
+class RandomAxes(model.Distiller):
+    """Targets on random orthonormal axes, not whitened."""
+
+    def fit(self, teacher_features):
+        super().fit(teacher_features)
+        for head in self.heads.values():
+            generator = torch.Generator().manual_seed(0)
+            axes = nn.init.orthogonal_(torch.empty(head.basis.shape), generator=generator)
+            head.basis.copy_(axes)
+            head.scale.fill_(1)
+
+
+class MSE(model.Distiller):
+    """Mean squared difference of unit vectors: (2 - 2 cos) / D."""
+
+    def term_loss(self, name, prediction, target):
+        return super().term_loss(name, prediction, target) * 2 / target.shape[-1]
+
+
+class MSEOnRandomAxes(MSE, RandomAxes):
+    pass
+
+
 class Raw(model.Distiller):
     """Trained maps to the teacher's width; targets as the teacher outputs them."""
 
@@ -127,11 +150,11 @@ class TrainedMap(Raw):
 NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20)
 ROWS = {  # settings of train.py that differ, and perhaps an objective and a number of seeds
     "base": {},
-    "head frozen": dict(head="frozen"),
+    "head frozen": dict(objective=RandomAxes),
     "head linear": dict(head="linear"),
     "targets not whitened": dict(objective=NotWhitened),
     "targets whole whitened": dict(objective=Whitened),
-    "loss mse": dict(loss="mse"),
+    "loss mse": dict(objective=MSE),
     "patch weight 0": dict(patch_weight=0.0),
     "patch weight 1": dict(patch_weight=1.0),
     "pool mean": dict(pool="mean"),
@@ -149,7 +172,7 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective and a num
     "conv net, head linear": dict(CONV, seeds=1),
     "conv net, head pca": dict(CONV, head="pca", seeds=1),
     # what others do
-    "normalised MSE, frozen random map": dict(loss="mse", head="frozen"),
+    "normalised MSE, frozen random map": dict(objective=MSEOnRandomAxes),
     "patch MSE (LightlyTrain v2)": dict(objective=PatchMSE, pool="mean", cls_weight=0.0),
     "queue KL (LightlyTrain v1)": dict(objective=QueueKL, pool="mean", patch_weight=0.0),
     "queue KL, patch KL (v3)": dict(objective=QueueAndPatchKL, pool="mean"),
@@ -159,7 +182,7 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective and a num
     "naive: none of the mistakes": dict(NAIVE, seeds=1),
     "naive: trained map on the teacher's side": dict(NAIVE, objective=TrainedMap, seeds=1),
     "naive: truncated patches": dict(NAIVE, objective=Truncated, seeds=1),
-    "naive: mean MSE": dict(NAIVE, loss="mse", seeds=1),
+    "naive: mean MSE": dict(NAIVE, objective=MSE, seeds=1),
 }
 
 # ---------------------------------------------------------------------------- a run
