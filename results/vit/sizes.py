@@ -1,0 +1,21 @@
+"""At which size is a teacher best? Learns from 10,000 training images, tests 2,000 others.
+
+    python results/vit/sizes.py IMAGES TEACHER WEIGHTS 70 84 98 > sizes.jsonl
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import eval as evaluation
+import model
+from config import Config
+
+if __name__ == "__main__":
+    images, teacher, weights, *sizes = sys.argv[1:]
+    cfg = Config(dataset=images, eval_split="train", test_split="train", teacher=teacher)
+    bench = evaluation.Bench(cfg, max_train=10_000, max_test=2_000)
+    for size in map(int, sizes):
+        row = bench.row(f"{teacher} at {size} px", model.load_teacher(teacher, size, weights))
+        print(json.dumps(row | model.environment(bench.device)), flush=True)
