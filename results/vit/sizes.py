@@ -1,6 +1,8 @@
 """At which size is a teacher best? Learns from 10,000 training images, tests 2,000 others.
 
-    python results/vit/sizes.py IMAGES TEACHER WEIGHTS 70 84 98 > sizes.jsonl
+    python results/vit/sizes.py IMAGES TEACHER WEIGHTS sizes.jsonl 70 84 98
+
+The last line that it prints is the size of the best k-NN accuracy.
 """
 
 import json
@@ -13,9 +15,13 @@ import model
 from config import Config
 
 if __name__ == "__main__":
-    images, teacher, weights, *sizes = sys.argv[1:]
+    images, teacher, weights, file, *sizes = sys.argv[1:]
     cfg = Config(dataset=images, eval_split="train", test_split="train", teacher=teacher)
     bench = evaluation.Bench(cfg, max_train=10_000, max_test=2_000)
+    rows = []
     for size in map(int, sizes):
-        row = bench.row(f"{teacher} at {size} px", model.load_teacher(teacher, size, weights))
-        print(json.dumps(row | model.environment(bench.device)), flush=True)
+        backbone = model.load_teacher(teacher, size, weights)
+        rows.append(bench.row(f"{teacher} at {size} px", backbone))
+    text = "".join(json.dumps(row | model.environment(bench.device)) + "\n" for row in rows)
+    Path(file).write_text(text)
+    print(max(rows, key=lambda row: row["knn20"])["size"])
