@@ -47,15 +47,16 @@ def loss_difference(one, other) -> float:
     return max(abs(a["loss"] - b["loss"]) for a, b in pairs)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(), dict(teacher_views=0), dict(student="resnet10t", student_args="")])
-def test_cuda_graphs_train_as_eager_does(cuda, changes):
+@pytest.mark.parametrize("changes, allowed", [
+    (dict(), 1e-5), (dict(teacher_views=0), 1e-5),
+    (dict(student="resnet10t", student_args=""), 2e-2)])  # cuDNN chooses other algorithms
+def test_cuda_graphs_train_as_eager_does(cuda, changes, allowed):
     eager, graphs = cuda("eager", compile="off", **changes), cuda("graphs", **changes)
     for cfg in (eager, graphs):
         train.main(cfg)
     worst = loss_difference(eager, graphs)
     print(f"{changes}: losses differ by {worst:.1e}, weights by {difference(eager, graphs):.1e}")
-    assert worst < 5e-3
+    assert worst < allowed
 
 
 @pytest.mark.parametrize("fork", [Distiller, QueueKL])
