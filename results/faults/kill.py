@@ -26,12 +26,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PER_RUN = 6  # kills, before a run may end
-COMMAND = (
+COMMAND = [*(
     "train.py --dataset shapes --max_samples 1000 --teacher demo --teacher_size 32 "
-    "--student vit_tiny_patch16_224 --student_args embed_dim=48,depth=2,num_heads=2 "
+    "--student vit_tiny_patch16_224 "
     "--student_size 32 --batch_size 20 --epochs 6 --teacher_views 2 --save_every 2 --log_every 5 "
     "--precision fp32 --device cpu"
-).split()
+).split(), "--student_args", "embed_dim=48 depth=2 num_heads=2"]
 PLACES = {  # what must be there before the kill, and the longest wait after that, in seconds
     "building the store": ("cache/stores/*.tmp", 0.3),
     "filling the cache": ("cache/targets/*/view_*.tmp", 0.5),
