@@ -147,7 +147,7 @@ def student_arguments(text):
     for item in text.split():
         name, _, value = item.partition("=")
         if not value:
-            raise UserError("--student_args takes name=value")
+            raise UserError("--student_args takes name=value, separated by spaces")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -269,9 +269,6 @@ class Head(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return (features.float() - self.mean) @ self.basis / self.scale
 
-    def extra_repr(self):
-        return f"{self.kind}, width {len(self.scale)}, whiten={self.whiten}"
-
 # What is distilled: name -> function of Features that returns tokens [B, T, D]. A fork that adds
 # a term sets its weight in `Distiller.weights`.
 TERMS = dict(cls=lambda features: features.cls[:, None], patch=lambda features: features.patches)
@@ -374,7 +371,7 @@ def load_checkpoint(path):
             raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format") != FORMAT:
-            raise ValueError("it is of an earlier version of this program")
+            raise ValueError("it is of another version of this program")
         cfg = validate(Config(**saved["config"]))
         if missing := vars(cfg).keys() - saved["config"].keys():
             log.warning(f"{path} lacks {', '.join(sorted(missing))}: the defaults are taken")

@@ -104,10 +104,11 @@ def start(run):
     else:
         rows = data.epoch_order(len(run.store), cfg.seed, 0)[:STAT_IMAGES]
         run.objective.fit(embed_stored(run, 0, data.chunks(rows), "fitting the heads"))
-        for buffer in run.objective.buffers() if run.world > 1 else ():  # the same bits everywhere
-            dist.broadcast(buffer, 0)
+        if run.world > 1:
+            for buffer in run.objective.buffers():  # the same bits everywhere
+                dist.broadcast(buffer, 0)
     step = saved["step"] if saved else 0
-    compile_networks(run)  # only now, as each size of a batch is compiled for
+    compile_networks(run)  # after `fit`, whose last part is smaller: each size is compiled for
     if cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch:
         cache_targets(run)
     run.logged_at = run.saved_at = monotonic()
@@ -159,18 +160,21 @@ def cache_folder(run):
     """The folder of the cached targets: its name is a hash of what determines them."""
     cfg, objective = run.cfg, run.objective
     methods = [getattr(objective, name).__qualname__ for name in
-               ("embed", "shared_view", "on_student_grid", "fit", "targets")]
-    key = [run.store.fingerprint, run.teacher.fingerprint, *methods, str(objective.heads),
-           objective.student.grid, run.dtype, cfg.seed, cfg.teacher_size, cfg.crop_scale]
-    digest = hashlib.sha256(str(key).encode()).hexdigest()
-    return Path(cfg.cache_dir) / "targets" / digest[:12]
+               ("embed", "shared_view", "on_student_grid", "targets")]
+    key = [run.store.fingerprint, run.teacher.fingerprint, *methods, objective.student.grid,
+           run.dtype, cfg.seed, cfg.teacher_size, cfg.crop_scale]
+    digest = hashlib.sha256(str(key).encode())
+    for name, buffer in objective.heads.named_buffers():
+        if ".predict." not in name:  # which trains
+            digest.update(buffer.cpu().numpy().tobytes())
+    return Path(cfg.cache_dir) / "targets" / digest.hexdigest()[:12]
 
 def cache_targets(run):
-    """Fill `run.codes`, unless an earlier run has filled the cache, and drop the teacher. As the
-    code may have changed since, each token's first targets are compared with live ones, over all
-    images of a batch. Raises UserError."""
+    """Fill `run.codes`, unless an earlier run has filled the cache, and drop the teacher. The first
+    images' targets are compared with live ones, token by token over the batch, as the code may have
+    changed since. Raises UserError."""
     folder, size = cache_folder(run), data.CHUNK * (4 if run.device.type == "cuda" else 1)
-    parts = data.batch_rows(np.arange(len(run.store)), size)  # full: torch compiles for one size
+    parts = data.batch_rows(np.arange(len(run.store)), size)  # of one size, for torch.compile
     expected = run.objective.targets(next(embed_stored(run, 0, parts[:1]))).cpu()
     shape = len(run.store), expected.shape[1], expected.shape[2] + 2
     files = [folder / f"view_{v}.i8" for v in range(min(run.cfg.teacher_views, run.cfg.epochs))]
@@ -184,7 +188,7 @@ def cache_targets(run):
 
     cached = data.dequantise(run.codes[0][parts[0]])
     error, length = [x.square().sum((0, 2)) for x in (cached - expected, expected)]
-    if (error > 0.02 * length).any():  # a cosine below 0.99, where both are equally long
+    if (error > 0.02 * length).any():  # 2 - 2 * 0.99: a cosine below 0.99
         raise UserError(f"{folder} holds other targets than those of the code now: delete it")
     run.teacher = None
     log.info("all targets are cached: the teacher is dropped")

@@ -185,7 +185,7 @@ def test_a_config_of_another_version_is_refused(run, refused_by_both, edit, word
 
 def test_a_checkpoint_of_the_first_version_is_refused_with_a_clear_sentence(run, refused_by_both):
     change(latest(run), lambda saved: {k: v for k, v in saved.items() if k != "format"})
-    assert "of an earlier version of this program" in refused_by_both(run)
+    assert "of another version of this program" in refused_by_both(run)
 
 
 def test_the_run_goes_on_when_its_checkpoint_is_whole_and_from_fp16_in_fp32(run):

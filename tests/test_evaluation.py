@@ -65,7 +65,7 @@ def test_without_a_test_split_a_tenth_of_train_is_held_out(tiny, tmp_path, capsy
         evaluation.Bench(tiny(dataset=str(tmp_path / "own"), max_samples=0, test_split="test"))
 
 
-def test_without_labels_spread_and_rank_are_evaluated(tiny, tmp_path, capsys):
+def test_without_labels_similarity_and_cosines_are_evaluated(tiny, tmp_path, capsys):
     for split in ("train", "test"):
         (tmp_path / "flat" / split).mkdir(parents=True)
         for i in range(24):

@@ -226,7 +226,7 @@ def known() -> list[dict]:
 
 def table() -> str:
     """Means over seeds, and their standard deviations where there are several."""
-    lines = ["| row | seeds | k-NN | linear | similarity | rank | minutes |", "|---" * 7 + "|"]
+    lines = ["| row | seeds | k-NN | linear | similarity | minutes |", "|---" * 6 + "|"]
     for name in dict.fromkeys([run["row"] for run in known()]):
         runs = [run for run in known() if run["row"] == name]
         cells = []
@@ -234,8 +234,7 @@ def table() -> str:
             values = [100 * run[key] for run in runs]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
-        cells += [f"{statistics.mean(run[key] for run in runs):{how}}"
-                  for key, how in (("similarity", ".2f"), ("rank", ".0f"))]
+        cells.append(f"{statistics.mean(run['similarity'] for run in runs):.2f}")
         minutes = statistics.mean(run.get("minutes", 0) for run in runs)
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {minutes:.0f} |")
     return "\n".join(lines)
