@@ -130,7 +130,7 @@ class Bench:
     def features(self, backbone):
         """CLS embeddings of the training and test images: float32 [I, D], [Q, D] on the CPU."""
         backbone.eval().to(self.device)
-        return [torch.cat([features.cls.float().cpu()
+        return [torch.cat([features.cls.float().cpu().clone()  # a view would keep all tokens
                            for _, features in self.embed(backbone, store, rows)])
                 for store, rows in ((self.train, self.train_rows), (self.test, self.test_rows))]
 

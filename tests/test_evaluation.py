@@ -16,6 +16,20 @@ from config import EvalConfig, UserError, parse
 from test_smoke import latest, metrics
 
 
+def test_of_the_images_embeddings_alone_are_kept(tiny, monkeypatch):
+    cfg = tiny()
+    bench, student, cat, held = evaluation.Bench(cfg), model.student_of(cfg), torch.cat, []
+
+    def watched(parts, *arguments):
+        held.extend(part.untyped_storage().nbytes() / part.nbytes for part in parts
+                    if part.shape[1:] == (student.embed_dim,))
+        return cat(parts, *arguments)
+
+    monkeypatch.setattr(torch, "cat", watched)
+    bench.features(student)
+    assert held and set(held) == {1.0}, "a view of the class tokens holds those of all patches"
+
+
 def test_several_checkpoints_give_a_row_each_and_need_nothing_but_themselves(tiny):
     cfg = tiny(save_every=1)
     train.main(cfg)
