@@ -20,10 +20,10 @@ def test_of_the_images_embeddings_alone_are_kept(tiny, monkeypatch):
     cfg = tiny()
     bench, student, cat, held = evaluation.Bench(cfg), model.student_of(cfg), torch.cat, []
 
-    def watched(parts, *arguments):
+    def watched(parts, *arguments, **named):
         held.extend(part.untyped_storage().nbytes() / part.nbytes for part in parts
                     if part.shape[1:] == (student.embed_dim,))
-        return cat(parts, *arguments)
+        return cat(parts, *arguments, **named)
 
     monkeypatch.setattr(torch, "cat", watched)
     bench.features(student)
