@@ -188,7 +188,8 @@ def decode_chunk(cells, size, folders):
         try:
             decoded.append(decode(cell, size, folders))
         except Exception as error:  # PIL raises nearly anything on hostile bytes
-            decoded.append(f"{(cell or {}).get('path')}: {reason(error)}")
+            why = reason(error).split(" <_io")[0]  # PIL appends the address of a BytesIO
+            decoded.append(f"{(cell or {}).get('path')}: {why}")
     return decoded
 
 class RowFile:

@@ -170,9 +170,8 @@ def cache_folder(run):
     return Path(cfg.cache_dir) / "targets" / digest.hexdigest()[:12]
 
 def cache_targets(run):
-    """Fill `run.codes`, unless an earlier run has filled the cache, and drop the teacher. The first
-    images' targets are compared with live ones, token by token over the batch, as the code may have
-    changed since. Raises UserError."""
+    """Fill `run.codes`, unless an earlier run has filled the cache, and drop the teacher. Raises
+    UserError if the first images' cached targets are not those of the code now, token by token."""
     folder, size = cache_folder(run), data.CHUNK * (4 if run.device.type == "cuda" else 1)
     parts = data.batch_rows(np.arange(len(run.store)), size)  # of one size, for torch.compile
     expected = run.objective.targets(next(embed_stored(run, 0, parts[:1]))).cpu()
@@ -181,15 +180,15 @@ def cache_targets(run):
     need = math.prod(shape) * sum(not file.exists() for file in files)
     log.info(f"target cache {folder}: {need / 1e9:.2f} GB to be filled")
     data.check_space(run.cfg.cache_dir, need, "--teacher_views")
+    if files[0].exists():  # compared before others are filled beside it
+        cached = data.dequantise(data.RowFile(files[0], torch.int8, shape)[parts[0]])
+        error = (cached - expected).square().sum((0, 2))
+        if (error > 0.02 * expected.square().sum((0, 2))).any():  # a cosine below 0.99
+            raise UserError(f"{folder} holds other targets than those of the code now: delete it")
     first = len(files) * run.rank // run.world  # processes begin with different views
     for view in np.roll(range(len(files)), -first):
         data.make_once(files[view], partial(fill_view, run, view, parts))
     run.codes = [data.RowFile(file, torch.int8, shape) for file in files]
-
-    cached = data.dequantise(run.codes[0][parts[0]])
-    error, length = [x.square().sum((0, 2)) for x in (cached - expected, expected)]
-    if (error > 0.02 * length).any():  # 2 - 2 * 0.99: a cosine below 0.99
-        raise UserError(f"{folder} holds other targets than those of the code now: delete it")
     run.teacher = None
     log.info("all targets are cached: the teacher is dropped")
     if run.device.type == "cuda":
