@@ -41,6 +41,9 @@ BASE = dict(
     student_size=32, student_args="depth=4 patch_size=8", batch_size=128, epochs=10,
     max_samples=20_000, teacher_views=2, save_every=0)
 SMALL = dict(student_size=64, student_args="depth=4")
+VIT_S = dict(
+    student="vit_small_patch16_224", student_size=48, student_args="", batch_size=256,
+    max_samples=0)
 CONV = dict(student="resnet10t", student_size=64, student_args="", epochs=4)
 
 # ---------------------------------------------------------------------------- other objectives
@@ -163,6 +166,8 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective and a num
     "crop 0.7": dict(crop_scale=0.7),
     "lr 5e-4": dict(lr=5e-4),
     "lr 2e-3": dict(lr=2e-3),
+    "ViT-S/16": dict(VIT_S),
+    "ViT-S/16, lr 2e-3": dict(VIT_S, lr=2e-3),
     "V = 1": dict(teacher_views=1),
     "V = 5": dict(teacher_views=5),
     "64 px, patches of 16": dict(SMALL),
