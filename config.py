@@ -26,7 +26,7 @@ PRESETS = {
     "hf": dict(dataset="", batch_size=512, epochs=100, warmup_epochs=5.0)}
 ALIASES = dict(  # what similar programs call a setting -> its name here
     learning_rate="lr", num_epochs="epochs", checkpoint_dir="run_dir", resume_from="run_dir",
-    use_torch_compile="compile", output_dir="run_dir", data_dir="dataset", use_amp="precision")
+    use_torch_compile="compile")
 
 class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""

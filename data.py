@@ -33,7 +33,7 @@ progress = partial(tqdm, leave=False, delay=2)  # a bar, after two seconds
 STORE_FORMAT = 6  # raise it when decoding changes: older stores are then not found
 CHUNK = 64  # images that are decoded or embedded at once
 ORDER, VIEW = range(2)  # keep the random numbers of epochs and views apart
-THREADS = min(16, os.cpu_count() or 1)  # that decode and read
+THREADS = 8  # that decode and read
 LABEL_COLUMNS = "label", "fine_label", "cls"
 FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # of Pillow's; EPS runs programs
 SPLITS = dict(train=["train", "training"],  # what a split may be called, the first that is there

@@ -395,8 +395,7 @@ def pick_dtype(precision, device):
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     elif precision == "auto":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)  # of torch 2.6 and later
-        precision = "bf16" if capabilities().get("avx512_bf16") else "fp32"
+        precision = "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
     return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
 
 def peak_memory(device):
