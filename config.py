@@ -31,12 +31,12 @@ ALIASES = dict(  # what similar programs call a setting -> its name here
 class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""
 
-def fixed(default, help, low=None, high=1e9, choices=(), free=False):
-    """A setting and its flag. On resume it must be the same as before, unless it is free."""
+def setting(default, help, low=None, high=1e9, choices=(), free=False):
+    """A field of Config and its flag. On resume it must be as before, unless it is free."""
     rules = dict(help=help, low=low, high=high, choices=choices, free=free)
     return field(default=default, metadata=rules)
 
-free = partial(fixed, free=True)
+fixed, free = setting, partial(setting, free=True)
 
 @dataclass(frozen=True)
 class Config:
@@ -121,8 +121,8 @@ def suggestion(name, known, dashes=""):
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 def validate(cfg, found=(), data=()):
-    """cfg, or one UserError: the problems in `found`, names in `data` that are no data sets, and
-    wrong values."""
+    """Return cfg. Raises one UserError with all problems: those in `found`, names in `data` that
+    are no data sets, settings out of range."""
     found = list(found)
     for name in dict.fromkeys(data):
         on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)

@@ -58,7 +58,7 @@ def chunks(rows):
 
 def make_once(path, make):
     """Unless `path` exists, make(temporary path) a file or folder; other processes wait for it."""
-    if path.exists():  # perhaps on a disk that is read-only
+    if path.exists():  # without a lock, as the disk may be read-only
         return
     with FileLock(f"{path}.lock"):  # also makes the folders around it
         if not path.exists():
@@ -70,8 +70,8 @@ def check_space(folder, need, advice):
         raise UserError(f"{need / 1e9:.1f} GB do not fit into {folder}: see --cache_dir, {advice}")
 
 def list_files(folder):
-    """Relative name -> size of a data set's files: its images, or if it has tables all files.
-    Links are followed, hidden files are left out."""
+    """Relative name -> size of a data set's files: its images, or all files if it has tables or no
+    images. Links are followed, hidden files are left out."""
     folder, names = Path(folder), sorted(glob.glob("**", root_dir=folder, recursive=True))
     files = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
     images = {name: size for name, size in files.items() if is_image(name)}
@@ -224,8 +224,8 @@ class Store:
         return len(self.labels)
 
 def open_store(cfg, split, max_samples=0):
-    """The store of one split, built first if it is not there yet. A fingerprint of what determines
-    its pixels finds it again: of a Hub data set the name, of a folder its files' names and sizes.
+    """The store of one split, built first if it is not there yet. Its folder is named by a hash of
+    what determines the pixels: a Hub data set's name, or the names and sizes of a folder's files.
     Raises UserError as `open_source`."""
     content = cfg.dataset
     if content == "shapes":

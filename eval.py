@@ -80,7 +80,7 @@ def linear_probe(train, labels, test):
     w = train.new_zeros(int(labels.max()) + 1, train.shape[1] + 1)
     scores = {}
     for C in STRENGTHS:
-        w = fit_probe(train[rest].float(), labels[rest], C, w.float(), tolerance=1e-4)
+        w = fit_probe(train[rest].float(), labels[rest], C, w, tolerance=1e-4)
         scores[C] = accuracy(probe_predict(w, train[held].float()), labels[held])
         if scores[C] < max(scores.values()):
             break
@@ -93,7 +93,7 @@ class Bench:
     Without a test split a tenth of the training images is held out of k-NN and probe. Images
     without a label are left out, unless a split has no labels at all: then none is classified."""
     def __init__(self, cfg, max_train=0, max_test=0):
-        if cfg.eval_dataset:  # these other settings belong to the training data
+        if cfg.eval_dataset:  # the settings replaced here are those of the training data
             cfg = replace(cfg, dataset=cfg.eval_dataset, dataset_config=cfg.eval_config,
                           image_column=cfg.eval_column, train_split="train", max_samples=0)
         self.dataset, self.device = cfg.dataset, models.pick_device(cfg.device)
@@ -148,14 +148,15 @@ class Bench:
     @torch.inference_mode()
     def compare(self, saved, cfg, student, teacher):
         """Mean cosine of predictions and targets on test images; {} for forks, other teachers."""
-        fixed, now = saved["fixed"], ("Distiller", teacher.fingerprint, teacher.image_size)
-        if (fixed["objective"], fixed["weights"], fixed["teacher_size"]) != now:
+        same = dict(objective="Distiller", teacher_hash=teacher.fingerprint,
+                    teacher_size=teacher.image_size)
+        if not same.items() <= saved["fixed"].items():
             return {}
         objective, found = models.Distiller(student, teacher, cfg).eval().to(self.device), []
         objective.load_state_dict(saved["objective"])
         rows = data.subset(self.test_rows, COMPARED)
         for images, features in self.embed(teacher, self.test, rows):
-            pixels = data.render(images, None, objective.student.image_size)
+            pixels = data.render(images, None, student.image_size)
             with self.autocast:
                 found.append(objective(pixels, objective.targets(features))[1])
         return {name: float(torch.stack([stats[name] for stats in found]).mean())
@@ -194,8 +195,6 @@ def main(args):
     loaded = [load(path, args.overrides) for path in args.checkpoints]
     cfg = loaded[0][1]
     bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
-    # After Bench, which picks the device.
-    students = [models.student_of(own, saved["student"]) for saved, own in loaded]
     print(f"{bench.dataset}: {len(bench.y)} training, {len(bench.y_test)} test images", flush=True)
     if not bench.labelled:
         print("no labels in one of the splits: no k-NN, no probe (--label_column, --test_split)")
@@ -203,7 +202,8 @@ def main(args):
         teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
         rows.append(bench.row(f"teacher {cfg.teacher}", teacher))
         rows.append(bench.row("student, untrained", models.student_of(cfg)))
-    for path, (saved, own), student in zip(args.checkpoints, loaded, students, strict=True):
+    for path, (saved, own) in zip(args.checkpoints, loaded, strict=True):
+        student = models.student_of(own, saved["student"])
         row = bench.row(f"{Path(path).parent.name}, epoch {saved['epoch']:g}", student)
         if teacher:
             row |= {f"keeps_{name}": row[name] / rows[0][name] for name in ("knn20", "linear")

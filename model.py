@@ -38,7 +38,7 @@ TEACHERS = {  # the official names -> timm's
 WEIGHTS = dict(demo=str(Path(__file__).parent / "demo" / "teacher.safetensors"))
 WHITEN = dict(pca=0.5, linear=1.0)  # by head: targets are divided by std ** this
 TOKENS_PER_IMAGE = 8  # at most, of each term, that `Distiller.fit` uses
-FORMAT = 4  # version of the checkpoints' contents
+FORMAT = 5  # version of the checkpoints' contents
 
 class Features(NamedTuple):
     """What a Backbone outputs: cls [B, D], patches [B, N, D], in the dtype of the forward."""
@@ -155,8 +155,8 @@ def student_arguments(text):
     return arguments
 
 def teacher_source(name, weights):
-    """timm's name of a teacher, its timm arguments, a file of its weights or "", and pool: those
-    that a student.safetensors holds, so that a student can be the next teacher."""
+    """A teacher's name in timm, its timm arguments, the file of its weights or "", and its pool.
+    What a student.safetensors states comes first, so that a student can be the next teacher."""
     weights = weights or WEIGHTS.get(name, "")
     how = dict(model=TEACHERS.get(name, name), args={}, pool="cls")
     try:
@@ -169,7 +169,7 @@ def teacher_source(name, weights):
 def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
     """The frozen teacher, in eval mode; attribute fingerprint names its weights. Raises UserError.
     name: an official DINOv2 name, "demo", or any timm model. weights: a file of the official
-    release, of timm or of a run, "" for the Hub. DINOv2 equals the official code at every size."""
+    release, of timm or of a run, "" for the Hub. DINOv2 embeds as in the official code."""
     timm_name, arguments, weights, pool = teacher_source(name, weights)
     timm_arguments(timm_name, image_size, arguments)  # raises before anything is downloaded
     net = load_net(timm_name, weights, num_classes=0, **arguments)  # at its native size
@@ -210,7 +210,7 @@ def problems(cfg):
                 timm_name, arguments, *_ = teacher_source(name, cfg.teacher_weights)
             else:
                 timm_name, arguments = name, student_arguments(cfg.student_args)
-            # On "meta", without values, nothing is computed; some students fail only on values.
+            # On "meta" only shapes are computed. Some students fail only where values are.
             with torch.device("meta" if side == "teacher" else "cpu"):
                 build_student(timm_name, size, **arguments).train()(torch.zeros(2, 3, size, size))
         except Exception as error:  # timm models fail in many ways on what they do not take
@@ -239,8 +239,8 @@ class Head(nn.Module):
     Student: predict(features) is the identity, and for linear a trained map Ds -> Dt: most conv
     nets end in a ReLU, so they cannot output the negative values of centred targets.
 
-    The mean is a large part that all images share. The scale is each dimension's standard deviation
-    to the power `whiten`, as a few principal axes would dominate the cosine (results/recipe)."""
+    The mean is what all images share. The scale is each dimension's standard deviation to the power
+    `whiten`: without it a few principal axes dominate the cosine (results/recipe)."""
     def __init__(self, kind, student_dim, teacher_dim):
         super().__init__()
         self.kind, self.whiten = kind, WHITEN[kind]
@@ -335,7 +335,7 @@ class Distiller(nn.Module):
         parts = targets.split([prediction.shape[1] for prediction in predictions], 1)
         for name, prediction, target in zip(self.terms, predictions, parts, strict=True):
             stats[name] = self.term_loss(name, prediction, target)
-            stats["loss"] = stats["loss"] + self.weights[name] * stats[name]
+            stats["loss"] += self.weights[name] * stats[name]
             stats[f"cos_{name}"] = 1 - cosine_loss(prediction.detach(), target).mean()
         stats["similarity"] = mean_similarity(predictions[0][:, 0].detach())  # of the first term
         return stats["loss"], stats
@@ -380,7 +380,7 @@ def load_checkpoint(path):
     return saved, cfg
 
 def pick_device(name):
-    """auto: a CUDA GPU, else the CPU. To be called before models are made."""
+    """auto: a CUDA GPU, else the CPU. It sets the kind of attention that models are built with."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

@@ -512,7 +512,7 @@ def test_a_change_of_code_does_not_meet_old_targets(tiny, tmp_path, monkeypatch)
     train.main(cfg)
     fit, target = model.Head.fit, model.Head.target
     monkeypatch.setattr(model.Head, "target", lambda head, features: -target(head, features))
-    with pytest.raises(UserError, match="holds other targets"):
+    with pytest.raises(UserError, match="holds targets of other code"):
         train.main(dataclasses.replace(cfg, teacher_views=2))
     assert not list((tmp_path / "cache").rglob("view_1.i8")), "filled beside other targets"
     monkeypatch.undo()

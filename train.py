@@ -39,6 +39,7 @@ STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
 SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
+BACKENDS = dict(cpu="gloo", cuda="cpu:gloo,cuda:nccl")  # of several processes; see `must_stop`
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
 def learning_rate(step, steps_per_epoch, cfg):
@@ -72,8 +73,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.bench = evaluation.Bench(cfg, *QUICK_EVAL) if cfg.eval_every else None
         self.history = []  # the lines of metrics.jsonl
-        self.fixed = dict(objective=objective.__qualname__, images=self.store.fingerprint,
-                          weights=teacher.fingerprint, **cfg.settings(free=False))
+        self.fixed = dict(objective=objective.__qualname__, images_hash=self.store.fingerprint,
+                          teacher_hash=teacher.fingerprint, **cfg.settings(free=False))
 
     def view(self, images, view, index, size):
         """A view of stored images [B, 3, S, S], as both networks see it: [B, 3, size, size]."""
@@ -108,7 +109,7 @@ def start(run):
             for buffer in run.objective.buffers():  # the same bits everywhere
                 dist.broadcast(buffer, 0)
     step = saved["step"] if saved else 0
-    compile_networks(run)  # after `fit`, whose last part is smaller: each size is compiled for
+    compile_networks(run)  # after `fit`, whose smaller last part would be compiled separately
     if cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch:
         cache_targets(run)
     run.logged_at = run.saved_at = monotonic()
@@ -184,7 +185,7 @@ def cache_targets(run):
         cached = data.dequantise(data.RowFile(files[0], torch.int8, shape)[parts[0]])
         error = (cached - expected).square().sum((0, 2))
         if (error > 0.02 * expected.square().sum((0, 2))).any():  # a cosine below 0.99
-            raise UserError(f"{folder} holds other targets than those of the code now: delete it")
+            raise UserError(f"{folder} holds targets of other code: set --cache_dir, or delete it")
     first = len(files) * run.rank // run.world  # processes begin with different views
     for view in np.roll(range(len(files)), -first):
         data.make_once(files[view], partial(fill_view, run, view, parts))
@@ -307,7 +308,7 @@ def save_due(run, step, stopping):
 def export(run):
     """student.safetensors: weights under timm's names; the metadata states how to use them."""
     cfg, student = run.cfg, run.objective.evaluated
-    how = dict(model=cfg.student, args=run.objective.student.arguments, pool=cfg.pool,
+    how = dict(model=cfg.student, args=student.arguments, pool=cfg.pool,
                image_size=cfg.student_size, mean=student.mean.flatten().tolist(),
                std=student.std.flatten().tolist())
     weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
@@ -318,12 +319,12 @@ def export(run):
 def processes(cfg):
     """Lock the run folder, join torchrun's process group if there is one -> device, rank, world."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, backend = models.pick_device(cfg.device), "gloo"
+    device = models.pick_device(cfg.device)
     if device.type == "cuda":
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), None
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(BACKENDS[device.type])
     path = cfg.run_path.resolve()
     try:
         with FileLock(f"{path}.lock", timeout=0) if rank == 0 else nullcontext():
@@ -365,12 +366,12 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         with received_signals() as received:
             for epoch in range(step // run.steps_per_epoch, cfg.epochs):
                 view = epoch % cfg.teacher_views if run.codes else epoch
-                codes = run.codes[view] if run.codes else None
+                view_codes = run.codes[view] if run.codes else None
                 order = data.epoch_order(len(run.store), cfg.seed, epoch)
                 parts = data.batch_rows(order, cfg.batch_size, rank, world)
                 rest = parts[step % run.steps_per_epoch :]  # of an epoch that was interrupted
-                for images, cached, index in batches(run, rest, codes):
-                    recent.append(train_step(run, images, cached, index, epoch, view, step))
+                for images, codes, index in batches(run, rest, view_codes):
+                    recent.append(train_step(run, images, codes, index, epoch, view, step))
                     step += 1
                     stopping = must_stop(run, step, received)
                     if step % cfg.log_every == 0 or step % run.steps_per_epoch == 0 or stopping:

@@ -132,6 +132,18 @@ train.main(Config(**json.loads(sys.argv[2])))
 """
 
 
+def test_processes_with_gpus_exchange_tensors_of_both_devices(cuda):
+    dist = train.dist
+    dist.init_process_group(train.BACKENDS["cuda"], store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for device in ("cpu", "cuda"):
+            dist.all_reduce(torch.ones(3, device=device))
+        objects = [dict(a=torch.ones(3))]
+        dist.broadcast_object_list(objects, 0)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_two_processes_on_a_gpu_train_as_one(cuda):
     one, two = cuda("one"), cuda("two")
     train.main(one)

@@ -3,8 +3,8 @@
     python examples/forks/jitter.py --preset demo --run_dir runs/jitter
 
 The colours of an image follow from (seed, view, image): both networks see the same ones, at their
-own sizes, and a view that is cached looks the same in every epoch. After a change of STRENGTH
-that moves targets visibly an older cache is refused by name.
+own sizes, and a view that is cached looks the same in every epoch. After a change of STRENGTH set
+another --cache_dir: only a change that moves targets visibly is refused.
 """
 
 import sys
