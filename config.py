@@ -121,8 +121,7 @@ def suggestion(name, known, dashes=""):
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 def validate(cfg, found=(), data=()):
-    """Return cfg. Raises one UserError with all problems: those in `found`, names in `data` that
-    are no data sets, settings out of range."""
+    """Return cfg. Raises UserError: problems in `found`, unknown `data` sets, bad values."""
     found = list(found)
     for name in dict.fromkeys(data):
         on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)

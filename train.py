@@ -86,14 +86,15 @@ def start(run):
     cfg, path, saved = run.cfg, run.cfg.run_path, None
     latest = path / "checkpoint_latest.pth"
     if run.rank == 0 and cfg.resume and latest.exists():
-        saved, own = models.load_checkpoint(latest)
+        saved, before = models.load_checkpoint(latest)
         refuse_changes(f"{path} holds a run with other settings; see --run_dir and --no_resume",
-                       own.settings(free=False) | saved["fixed"], run.fixed)
+                       before.settings(free=False) | saved["fixed"], run.fixed)
     if run.world > 1:
-        shared = [saved, run.fixed]
+        own = run.fixed | dict(count=len(run.store), epochs=cfg.epochs, log_every=cfg.log_every)
+        shared = [saved, own]
         dist.broadcast_object_list(shared, 0)
         saved, of_rank_0 = shared
-        refuse_changes("all processes need the same command and images", of_rank_0, run.fixed)
+        refuse_changes("all processes need the same command and images", of_rank_0, own)
     if run.rank == 0:
         if path.exists() and not cfg.resume:
             path.rename(f"{path}.old-{time_ns()}")
@@ -106,8 +107,8 @@ def start(run):
         rows = data.epoch_order(len(run.store), cfg.seed, 0)[:STAT_IMAGES]
         run.objective.fit(embed_stored(run, 0, data.chunks(rows), "fitting the heads"))
         if run.world > 1:
-            for buffer in run.objective.buffers():  # the same bits everywhere
-                dist.broadcast(buffer, 0)
+            for value in run.objective.state_dict().values():  # the same bits everywhere
+                dist.broadcast(value, 0)
     step = saved["step"] if saved else 0
     compile_networks(run)  # after `fit`, whose smaller last part would be compiled separately
     if cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch:

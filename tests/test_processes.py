@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 slow = pytest.mark.slow
 
@@ -161,6 +162,21 @@ def test_machines_have_a_store_and_cache_each_and_need_not_share_the_run_folder(
     statuses, texts = train(machines)
     assert statuses == [0, 0] and close(ranks[2], machines[0]), texts
     assert not (machines[1] / "run").exists()
+
+
+@slow
+def test_machines_with_other_images_are_refused(train, tmp_path):
+    """The same names and sizes, but on one machine a file is damaged."""
+    machines = [tmp_path / "a", tmp_path / "b"]
+    for machine in machines:
+        (machine / "images").mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (32, 32), (9 * i, 0, 0)).save(machine / f"images/{i:02}.png")
+    damaged = machines[1] / "images/07.png"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    statuses, texts = train(machines, "--dataset", "images")
+    assert statuses[1] == 2, texts
+    assert "need the same command and images\n  - count: 20, now 19" in texts[1]
 
 
 @slow
