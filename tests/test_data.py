@@ -250,7 +250,7 @@ def test_a_run_is_not_continued_on_data_that_changed(tiny, tmp_path):
     train.main(dataclasses.replace(cfg, dataset=str(tmp_path / "moved"), epochs=2,
                                    cache_dir=str(tmp_path / "another cache")))
     make(tmp_path / "moved", "one_more.png")
-    with pytest.raises(UserError, match="images: '[0-9a-f]*', now"):
+    with pytest.raises(UserError, match="images_hash: '[0-9a-f]*', now"):
         train.main(dataclasses.replace(cfg, dataset=str(tmp_path / "moved"), epochs=3))
 
 

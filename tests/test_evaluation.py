@@ -128,10 +128,10 @@ def test_comparing_two_models_leaves_mixed_precision_as_it_was(tiny):
     bench = evaluation.Bench(tiny(precision="bf16", max_samples=80), max_test=80)
     teacher = model.load_teacher("demo", 32)
     student = model.student_of(tiny())
-    fixed = dict(objective="Distiller", weights=teacher.fingerprint, teacher_size=32)
+    fixed = dict(objective="Distiller", teacher_hash=teacher.fingerprint, teacher_size=32)
     saved = dict(fixed=fixed, objective=model.Distiller(student, teacher, tiny()).state_dict())
     assert -1 <= bench.compare(saved, tiny(), student, teacher)["cos_cls"] <= 1
-    assert bench.compare(dict(fixed=fixed | dict(weights="")), tiny(), student, teacher) == {}
+    assert bench.compare(dict(fixed=fixed | dict(teacher_hash="")), tiny(), student, teacher) == {}
     assert not torch.is_autocast_enabled("cpu")
 
 

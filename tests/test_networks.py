@@ -89,7 +89,7 @@ def test_a_run_is_not_continued_with_other_weights_of_its_teacher(tiny, tmp_path
     safetensors.torch.save_file(teacher, same_file, how)
     safetensors.torch.save_file(teacher | {"norm.bias": teacher["norm.bias"] + 0.01}, other, how)
     train.main(dataclasses.replace(cfg, epochs=2, teacher_weights=same_file))
-    with pytest.raises(UserError, match="other settings.*\n  - weights: "):
+    with pytest.raises(UserError, match="other settings.*\n  - teacher_hash: "):
         train.main(dataclasses.replace(cfg, epochs=3, teacher_weights=other))
 
 
