@@ -54,7 +54,7 @@ class Config:
     eval_dataset: str = free("", "data to evaluate on; empty = the training data")
     eval_config: str = free("", "configuration of eval_dataset, if it has several on the Hub")
     eval_column: str = free("", "image column of eval_dataset; empty = the only one")
-    eval_split: str = free("", "split that k-NN and probe learn from; empty = train_split")
+    eval_split: str = free("", "split k-NN and probe learn from; empty = train_split, or train")
     test_split: str = free("", "split that is tested; empty = test, else validation")
     label_column: str = free("", "empty = label, fine_label, cls or the first class column")
     eval_every: int = free(0, "epochs between quick k-NN checks; 0 = none", 0)

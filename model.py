@@ -188,7 +188,7 @@ def load_teacher(name: str, image_size: int, weights: str = "") -> Backbone:
 def official_position_table(table, grid):
     """DINOv2's position table [1, 1 + G * G, D] on another grid, as the official code resamples it:
     without anti-aliasing, by a factor of (g + 0.1) / G in place of the size. timm's way moves patch
-    tokens by up to 10% at 98 px. For models with registers the official code does as timm does."""
+    tokens by 3 to 20% at 98 px. For models with registers the official code does as timm does."""
     G = math.isqrt(table.shape[1] - 1)
     if grid == (G, G):
         return table

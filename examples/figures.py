@@ -96,7 +96,9 @@ def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) 
     for file, name in zip(checkpoints, ("epoch 1", f"epoch {cfg.epochs}"), strict=True):
         students[name] = model.student_of(cfg, model.load_checkpoint(file)[0]["student"])
 
-    kind = data.load_splits(cfg)[bench.test.split].features[cfg.label_column or "label"]
+    columns = data.load_splits(cfg)[bench.test.split].features
+    kinds = [columns.get(name) for name in (cfg.label_column, *data.LABEL_COLUMNS)]
+    names = [kind.int2str for kind in kinds if hasattr(kind, "int2str")] or [str]
     some = np.unique(bench.y_test, return_index=True)[1][:SHOWN]  # the first image of each class
     figure = plt.figure(figsize=(12, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
@@ -118,7 +120,7 @@ def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) 
     for cell, image, label in zip(axes[0], bench.test.images[bench.test_rows[some]],
                                   bench.y_test[some], strict=True):
         cell.imshow(image.permute(1, 2, 0))
-        cell.set_title(kind.int2str(int(label)), fontsize=9)
+        cell.set_title(names[0](int(label)), fontsize=9)
     axes[0, 0].set_ylabel("query", rotation=0, ha="right", va="center")
     for row, (name, student) in zip(axes[1:], students.items(), strict=True):
         train, test = (F.normalize(x, dim=1) for x in bench.features(student))
