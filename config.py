@@ -24,9 +24,7 @@ PRESETS = {
         eval_at_end=True),
     # 500,000 images of your own on one GPU. No run of that size has been made.
     "hf": dict(dataset="", batch_size=512, epochs=100, warmup_epochs=5.0)}
-ALIASES = dict(  # what similar programs call a setting -> its name here
-    learning_rate="lr", num_epochs="epochs", checkpoint_dir="run_dir", resume_from="run_dir",
-    use_torch_compile="compile")
+ALIASES = dict(learning_rate="lr", checkpoint_dir="run_dir", use_torch_compile="compile")
 
 class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""

@@ -25,7 +25,7 @@ from config import Config, EvalConfig, UserError, cli, slug, validate
 
 TEMPERATURE = 0.07  # of k-NN votes, as in DINO
 K = 20  # neighbours
-STRENGTHS = tuple(10.0**e for e in range(-5, 3))  # C of the probe, smallest first
+STRENGTHS = [10.0**e for e in range(-5, 3)]  # C of the probe, smallest first
 HOLDOUT = 10  # C is chosen on one training image of so many
 COMPARED = 1024  # test images on which student and teacher are compared directly
 COLUMNS = dict(  # of the table: key of a row -> format
@@ -209,8 +209,8 @@ def main(args):
             row |= {f"keeps_{name}": row[name] / rows[0][name] for name in ("knn20", "linear")
                     if rows[0].get(name)}
             row |= bench.compare(saved, own, student, teacher)
-        row |= models.environment(bench.device)
-        rows.append(row | dict(checkpoint=path, step=saved["step"]))
+        row |= dict(checkpoint=path, step=saved["step"])
+        rows.append(row | models.environment(bench.device))
     formats = {key: text.format for key, text in COLUMNS.items()}
     table = pandas.DataFrame(rows).filter(COLUMNS)
     print(table.to_string(index=False, na_rep="", formatters=formats))

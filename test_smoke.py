@@ -239,7 +239,7 @@ def test_nothing_on_the_teachers_side_gets_a_gradient_or_moves(head):
     teacher, distiller = demo_distiller(head=head)
     frozen = [*teacher.state_dict().items(), *distiller.heads.named_buffers()]
     before = {k: v.clone() for k, v in frozen}
-    optimiser = torch.optim.AdamW(train.parameter_groups(distiller, 0.1), lr=1e-2)
+    optimiser = torch.optim.AdamW(distiller.parameter_groups(0.1), lr=1e-2)
     for _ in range(3):
         images = torch.rand(4, 3, 32, 32)
         targets = distiller.targets(teacher(images))
@@ -332,7 +332,7 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
 
 def test_no_weight_decay_on_biases_norms_tokens_and_positions():
     _, distiller = demo_distiller(head="linear")
-    plain, decayed = train.parameter_groups(distiller, 0.1)
+    plain, decayed = distiller.parameter_groups(0.1)
     names = {id(p): n.removeprefix("student.net.") for n, p in distiller.named_parameters()}
     assert {names[id(p)] for p in plain["params"]} >= {"pos_embed", "cls_token", "norm.bias"}
     assert all(p.ndim > 1 for p in decayed["params"]) and plain["weight_decay"] == 0

@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors.torch import save
-from timm.optim import param_groups_weight_decay
 from torch.nn.utils import clip_grad_norm_
 
 import data
@@ -50,11 +49,6 @@ def learning_rate(step, steps_per_epoch, cfg):
         return cfg.lr * (step + 1) / warmup
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
-def parameter_groups(module, weight_decay):
-    """Decay for matrices and kernels; none for biases and norms (1-D), nor for tokens (3-D)."""
-    tokens = [name for name, p in module.named_parameters() if p.ndim == 3]
-    return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=tokens)
-
 class Run:
     """What the loop works with. images: uint8 [I, 3, S, S]. codes: the targets of each cached view,
     int8 [I, T, D + 2]. Both are read from files; on a GPU both move there if they fit."""
@@ -68,7 +62,7 @@ class Run:
         self.images, self.codes = self.store.images, []
         self.steps_per_epoch = -(-len(self.store) // cfg.batch_size)
         self.objective = objective(models.student_of(cfg).train(), teacher, cfg).to(device)
-        groups = parameter_groups(self.objective, cfg.weight_decay)
+        groups = self.objective.parameter_groups(cfg.weight_decay)
         self.optimiser = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.bench = evaluation.Bench(cfg, *QUICK_EVAL) if cfg.eval_every else None
@@ -147,12 +141,13 @@ def compile_networks(run):
     """torch.compile in place, so that names stay plain; eager where nothing can compile. On CUDA
     the student's step becomes CUDA graphs (results/first_version/h100.txt)."""
     cuda = run.device.type == "cuda"
-    if run.cfg.compile == "on" or (run.cfg.compile == "auto" and cuda):
+    if dict(on=True, off=False, auto=cuda)[run.cfg.compile]:
         try:
             torch.compile(torch.sin)(torch.ones(1, device=run.device))
         except Exception as error:  # no compiler, no Triton, an old GPU
             log.warning(f"not compiled: {reason(error)}")
             return
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # alike blocks may have other hooks
         run.objective.compile(mode="reduce-overhead" if cuda else None)
         if hasattr(run.teacher.net, "cls_token"):  # a ViT, whose blocks are alike and compile once
             for block in getattr(run.teacher.net, "blocks", []):
@@ -246,7 +241,7 @@ def train_step(run, images, codes, index, epoch, view, step):
     pixels = objective.student_view(pixels, epoch, index)
 
     for group in optimiser.param_groups:
-        group["lr"] = learning_rate(step, run.steps_per_epoch, cfg)
+        group["lr"] = group.get("lr_scale", 1) * learning_rate(step, run.steps_per_epoch, cfg)
     optimiser.zero_grad()
     with run.autocast:
         loss, stats = objective(pixels, targets)
@@ -259,7 +254,7 @@ def train_step(run, images, codes, index, epoch, view, step):
     scaler.update()
     objective.after_step(step)
     # Copies: the next replay of a CUDA graph overwrites what this one returned.
-    return {name: value.detach().clone() for name, value in (stats | dict(norm=norm)).items()}
+    return {name: x.detach().clone() for name, x in dict(loss=loss, **stats, norm=norm).items()}
 
 def average_gradients(module, world):
     """Over all processes, by one all-reduce: DistributedDataParallel rules out CUDA graphs."""

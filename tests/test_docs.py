@@ -154,7 +154,7 @@ def test_a_folder_of_files_becomes_a_data_set(home, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heading", ["Your own loss", "A second teacher"])
+@pytest.mark.parametrize("heading", ["Your own loss", "A second teacher", "Your own network"])
 def test_changes_of_the_method_train(home, tmp_path, heading):
     code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
     short = dict(max_samples=128, cache_dir=str(home / "cache"))

@@ -17,7 +17,7 @@ import model
 import train
 from config import EvalConfig
 from examples.forks import ema, jitter, masked, middle, queue_kl
-from test_smoke import latest, same, stop_at
+from test_smoke import latest, metrics, same, stop_at
 
 FORKS = [model.Distiller, masked.Masked, queue_kl.QueueKL, ema.EMA, middle.Middle, jitter.Jitter]
 
@@ -68,3 +68,47 @@ def test_what_a_fork_registers_is_trained_or_carried_along(tiny, tmp_path):
     noise = torch.randn(queue.shape, generator=torch.Generator().manual_seed(0))
     noise = torch.nn.functional.normalize(noise, dim=1)
     assert torch.equal(queue[80:], noise[: len(noise) - 80]), "five batches of sixteen came in"
+
+
+class Hooked(model.Distiller):
+    """The patches are what a module deep in the last block outputs."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        self.found = {}
+        for net in (student.net, teacher.net):
+            net.blocks[-1].attn.proj.register_forward_hook(
+                lambda module, inputs, output: self.found.update(output=output))
+
+    def embed(self, backbone, images):
+        features = backbone(images)
+        return features._replace(patches=self.found["output"][:, backbone.prefix:])
+
+
+@pytest.mark.slow
+def test_hooks_are_called_in_compiled_networks_too(tiny, tmp_path):
+    cfg = tiny(epochs=1, teacher_views=1, log_every=1)
+    train.main(cfg, objective=Hooked)
+    changes = dict(run_dir=str(tmp_path / "on"), cache_dir=str(tmp_path / "afresh"), compile="on")
+    compiled = dataclasses.replace(cfg, **changes)
+    train.main(compiled, objective=Hooked)
+    if "not compiled" in (compiled.run_path / "train.log").read_text():
+        pytest.skip("torch.compile needs a C++ compiler")
+    for eager, line in zip(metrics(cfg), metrics(compiled), strict=True):
+        assert eager["patch"] == pytest.approx(line["patch"], abs=1e-3)
+
+
+def test_a_fork_scales_learning_rates_and_returns_another_loss(tiny):
+    class Still(model.Distiller):
+        def parameter_groups(self, weight_decay):
+            return [dict(group, lr_scale=0.0) for group in super().parameter_groups(weight_decay)]
+
+        def forward(self, images, targets):
+            loss, stats = super().forward(images, targets)
+            return loss + 1, stats
+
+    cfg = tiny(epochs=1)
+    line = train.main(cfg, objective=Still)
+    assert line["loss"] == pytest.approx(1 + line["cls"] + cfg.patch_weight * line["patch"])
+    saved = torch.load(latest(cfg), weights_only=True)
+    assert same(saved["student"], model.student_of(cfg).net.state_dict())
