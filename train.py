@@ -143,11 +143,11 @@ def compile_networks(run):
     cuda = run.device.type == "cuda"
     if dict(on=True, off=False, auto=cuda)[run.cfg.compile]:
         try:
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # hooks differ among alike blocks
             torch.compile(torch.sin)(torch.ones(1, device=run.device))
         except Exception as error:  # no compiler, no Triton, an old GPU
             log.warning(f"not compiled: {reason(error)}")
             return
-        torch._dynamo.config.skip_nnmodule_hook_guards = False  # alike blocks may have other hooks
         run.objective.compile(mode="reduce-overhead" if cuda else None)
         if hasattr(run.teacher.net, "cls_token"):  # a ViT, whose blocks are alike and compile once
             for block in getattr(run.teacher.net, "blocks", []):
