@@ -127,6 +127,8 @@ def test_a_view_is_a_pure_function_of_seed_view_and_image():
     area = w.abs() * h
     assert 0.35 < area.min() < 0.5 and area.max() <= 1 and 30 < (w < 0).sum() < 70
     assert torch.minimum(x, x + w).min() >= 0 and torch.maximum(x, x + w).max() <= 1 + 1e-6
+    assert y.min() >= 0 and (y + h).max() <= 1 + 1e-6
+    assert abs((data.view_boxes(7, 3, 10_000, 0.4)[:, 2] < 0).double().mean() - 0.5) < 0.02
 
 
 @pytest.mark.parametrize("stored, size", [(32, 96), (96, 48), (80, 37)])
@@ -218,8 +220,16 @@ def test_dinov2_equals_the_official_code_at_every_size(tmp_path, name):
 ])
 def test_every_kind_of_student_has_a_cls_and_a_grid(name, size, args, params, grid):
     student = model.build_student(name, size, **model.student_arguments(args))
+    images = torch.rand(2, 3, size, size)
     with torch.inference_mode():
-        features = student(torch.rand(2, 3, size, size))
+        features = student(images)
+        raw = student.net.forward_features((images - student.mean) / student.std)
+        raw = student.net.fc_norm(raw) if "gap" in name else raw
+    if raw.ndim == 4:  # place (1, 0) of a feature map
+        place = raw[:, 1, 0] if "swin" in name else raw[:, :, 1, 0]
+        assert torch.allclose(features.patches[:, grid[1]], place, atol=1e-5)
+    elif "gap" in name:
+        assert torch.allclose(features.patches, raw, atol=1e-5)
     assert student.grid == grid and abs(student.parameter_count - params) < 0.01 * params
     assert features.cls.shape == (2, student.embed_dim)
     assert features.patches.shape == (2, grid[0] * grid[1], student.embed_dim)
@@ -328,6 +338,8 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
     rates = [train.learning_rate(s, 100, cfg) for s in range(1000)]
     assert rates[0] == 0.01 and max(rates) == rates[99] == 1.0 and rates[-1] < 1e-5
     assert all(a >= b for a, b in zip(rates[99:], rates[100:], strict=False))
+    cfg = dataclasses.replace(cfg, warmup_epochs=100)
+    assert train.learning_rate(199, 100, cfg) == 1, "a fifth of the run at most"
 
 
 def test_no_weight_decay_on_biases_norms_tokens_and_positions():
@@ -404,7 +416,8 @@ def test_going_back_to_an_earlier_checkpoint_repeats_the_run(tiny):
 
 
 def test_the_run_folder_holds_what_it_should(tiny):
-    cfg = tiny(epochs=3, save_every=3, student="resnet18", student_args="", pool="mean")
+    changes = dict(student="resnet18", student_args="", student_size=64, pool="mean")
+    cfg = tiny(epochs=3, save_every=3, **changes)
     train.main(cfg)
     assert {path.name for path in cfg.run_path.iterdir()} == {
         "config.json", "train.log", "metrics.jsonl", "student.safetensors", "checkpoint_latest.pth",
@@ -415,7 +428,9 @@ def test_the_run_folder_holds_what_it_should(tiny):
     assert {"loss", "cos_cls", "similarity", "lr", "seconds", "memory_gb"} <= lines[0].keys()
     # The exported student is a plain timm model.
     with safetensors.safe_open(cfg.run_path / "student.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["student"])["model"] == "resnet18"
+        how = json.loads(file.metadata()["student"])
+    assert (how["model"], how["args"], how["image_size"]) == ("resnet18", {}, 64)
+    assert np.allclose([how["mean"], how["std"]], [(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])
     plain = timm.create_model("resnet18", num_classes=0)
     plain.load_state_dict(safetensors.torch.load_file(cfg.run_path / "student.safetensors"))
 
@@ -564,6 +579,7 @@ def test_knn_predicts_what_scikit_learn_predicts(features, k):
         weights=lambda d: np.exp((1 - d) / 0.07)).fit(x.double(), y)
     predicted = evaluation.knn_predict(x, y, q, k)
     assert (predicted.numpy() == reference.predict(q.double())).all()
+    assert k != 20 or torch.equal(predicted, evaluation.knn_predict(x, y, q)), "the default"
 
 
 @pytest.mark.parametrize("C", [1e-3, 1.0, 100.0])

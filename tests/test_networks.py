@@ -11,7 +11,7 @@ import torch
 import model
 import train
 from config import UserError
-from test_smoke import demo_distiller, latest, same
+from test_smoke import demo_distiller, latest, metrics, same
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
@@ -69,6 +69,7 @@ def test_precisions_and_heads_train(tiny, changes):
     assert train.main(cfg)["step"] == 10
     saved = torch.load(latest(cfg), weights_only=True)
     assert bool(saved["scaler"]) == (cfg.precision == "fp16"), "fp16 saves its loss scale"
+    assert metrics(cfg)[-1]["norm"] < 10, "without the loss scale"
 
 
 def test_a_fork_does_not_continue_the_run_of_another_objective(tiny):
