@@ -143,7 +143,7 @@ def compile_networks(run):
     cuda = run.device.type == "cuda"
     if dict(on=True, off=False, auto=cuda)[run.cfg.compile]:
         try:
-            torch._dynamo.config.skip_nnmodule_hook_guards = False  # blocks differ in hooks
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # or a fork's hooks get lost
             torch.compile(torch.sin)(torch.ones(1, device=run.device))
         except Exception as error:  # no compiler, no Triton, an old GPU
             log.warning(f"not compiled: {reason(error)}")

@@ -98,7 +98,7 @@ def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) 
 
     columns = data.load_splits(cfg)[bench.test.split].features
     kinds = [columns.get(name) for name in (cfg.label_column, *data.LABEL_COLUMNS)]
-    names = [kind.int2str for kind in kinds if hasattr(kind, "int2str")] or [str]
+    class_name = next((kind.int2str for kind in kinds if hasattr(kind, "int2str")), str)
     some = np.unique(bench.y_test, return_index=True)[1][:SHOWN]  # the first image of each class
     figure = plt.figure(figsize=(12, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
@@ -120,7 +120,7 @@ def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) 
     for cell, image, label in zip(axes[0], bench.test.images[bench.test_rows[some]],
                                   bench.y_test[some], strict=True):
         cell.imshow(image.permute(1, 2, 0))
-        cell.set_title(names[0](int(label)), fontsize=9)
+        cell.set_title(class_name(int(label)), fontsize=9)
     axes[0, 0].set_ylabel("query", rotation=0, ha="right", va="center")
     for row, (name, student) in zip(axes[1:], students.items(), strict=True):
         train, test = (F.normalize(x, dim=1) for x in bench.features(student))
