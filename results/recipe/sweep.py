@@ -169,6 +169,7 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective and a num
     "lr 5e-4": dict(lr=5e-4),
     "lr 2e-3": dict(lr=2e-3),
     "ViT-S/16": dict(VIT_S),
+    "ViT-S/16, lr 5e-4": dict(VIT_S, lr=5e-4),
     "ViT-S/16, lr 2e-3": dict(VIT_S, lr=2e-3),
     "V = 1": dict(teacher_views=1),
     "V = 5": dict(teacher_views=5),
