@@ -8,7 +8,8 @@ IMAGES is CIFAR-10 as train.py's --dataset takes it, WEIGHTS those of the stand-
 row is a call of `train.main` and is evaluated by `eval.Bench`. Nothing is chosen on test images: a
 fixed tenth of the training images is held out, from students and from the k-NN and probe that are
 tested on it. Objectives that train.py does not have are below. Each run adds a line to runs.jsonl;
-runs that are there already are not repeated.
+runs that are there already are not repeated. The rows with a ViT teacher read
+runs/vit-teacher.safetensors, which results/vit/run.sh makes.
 """
 
 import dataclasses
@@ -44,6 +45,8 @@ SMALL = dict(student_size=64, student_args="depth=4")
 VIT_S = dict(
     student="vit_small_patch16_224", student_size=48, student_args="", batch_size=256,
     max_samples=0)
+VIT_TEACHER = dict(  # a ViT-S/14 in DINOv2's layout, which results/vit/run.sh trains
+    teacher="dinov2_vits14", teacher_size=112, teacher_weights="runs/vit-teacher.safetensors")
 CONV = dict(student="resnet10t", student_size=64, student_args="", epochs=4)
 
 # ---------------------------------------------------------------------------- other objectives
@@ -171,6 +174,11 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective and a num
     "ViT-S/16": dict(VIT_S),
     "ViT-S/16, lr 5e-4": dict(VIT_S, lr=5e-4),
     "ViT-S/16, lr 2e-3": dict(VIT_S, lr=2e-3),
+    "ViT teacher": dict(VIT_TEACHER),
+    "ViT teacher, pool mean": dict(VIT_TEACHER, pool="mean"),
+    "ViT teacher, patch weight 0": dict(VIT_TEACHER, patch_weight=0.0),
+    "ViT teacher, head linear": dict(VIT_TEACHER, head="linear"),
+    "ViT teacher, not whitened": dict(VIT_TEACHER, objective=NotWhitened),
     "V = 1": dict(teacher_views=1),
     "V = 5": dict(teacher_views=5),
     "64 px, patches of 16": dict(SMALL),
@@ -214,9 +222,8 @@ def one(row: str, seed: int, images: str, weights: str) -> dict:
     changes = {k: v for k, v in ROWS[row].items() if k not in ("objective", "seeds")}
     objective = ROWS[row].get("objective", model.Distiller)
     name = "".join(c if c.isalnum() else "_" for c in row)
-    cfg = Config(**BASE | changes | dict(
-        dataset=held_out(images), teacher_weights=weights, seed=seed,
-        run_dir=f"runs/recipe/{name}-{seed}"))
+    cfg = Config(**BASE | dict(teacher_weights=weights) | changes | dict(
+        dataset=held_out(images), seed=seed, run_dir=f"runs/recipe/{name}-{seed}"))
     begin = time.time()
     last = train.main(cfg, objective=objective)
     minutes = (time.time() - begin) / 60
@@ -224,8 +231,8 @@ def one(row: str, seed: int, images: str, weights: str) -> dict:
     student = model.student_of(cfg, saved["student"])
     bench = evaluation.Bench(dataclasses.replace(cfg, max_samples=0))
     return dict(row=row, seed=seed, **bench.row(row, student), loss=last["loss"], minutes=minutes,
-                settings={k: getattr(v, "__name__", v) for k, v in ROWS[row].items()},
-                base=BASE, **model.environment(bench.device))
+                memory_gb=last["memory_gb"], base=BASE, **model.environment(bench.device),
+                settings={k: getattr(v, "__name__", v) for k, v in ROWS[row].items()})
 
 
 def known() -> list[dict]:
