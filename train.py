@@ -153,13 +153,13 @@ def compile_networks(run):
             for block in getattr(run.teacher.net, "blocks", []):
                 block.compile(dynamic=False)
 
-def cache_folder(run):
+def cache_folder(run, shape):
     """The folder of the cached targets: its name is a hash of what determines them."""
     cfg, objective = run.cfg, run.objective
     methods = [getattr(objective, name).__qualname__ for name in
                ("embed", "shared_view", "on_student_grid", "targets")]
-    key = [run.store.fingerprint, run.teacher.fingerprint, *methods, objective.student.grid,
-           run.dtype, cfg.seed, cfg.teacher_size, cfg.crop_scale]
+    key = [run.store.fingerprint, run.teacher.fingerprint, *methods, shape, run.dtype,
+           cfg.seed, cfg.teacher_size, cfg.crop_scale]
     digest = hashlib.sha256(str(key).encode())
     for name, buffer in objective.heads.named_buffers():
         if ".predict." not in name:  # which trains
@@ -169,10 +169,11 @@ def cache_folder(run):
 def cache_targets(run):
     """Fill `run.codes`, unless an earlier run has filled the cache, and drop the teacher. Raises
     UserError if the first images' cached targets are not those of the code now, token by token."""
-    folder, size = cache_folder(run), data.CHUNK * (4 if run.device.type == "cuda" else 1)
+    size = data.CHUNK * (4 if run.device.type == "cuda" else 1)
     parts = data.batch_rows(np.arange(len(run.store)), size)  # of one size, for torch.compile
     expected = run.objective.targets(next(embed_stored(run, 0, parts[:1]))).cpu()
     shape = len(run.store), expected.shape[1], expected.shape[2] + 2
+    folder = cache_folder(run, shape)
     files = [folder / f"view_{v}.i8" for v in range(min(run.cfg.teacher_views, run.cfg.epochs))]
     need = math.prod(shape) * sum(not file.exists() for file in files)
     log.info(f"target cache {folder}: {need / 1e9:.2f} GB to be filled")
@@ -184,7 +185,7 @@ def cache_targets(run):
             raise UserError(f"{folder} holds targets of other code: set --cache_dir, or delete it")
     first = len(files) * run.rank // run.world  # processes begin with different views
     for view in np.roll(range(len(files)), -first):
-        data.make_once(files[view], partial(fill_view, run, view, parts))
+        data.make_once(files[view], partial(fill_view, run, view, parts, shape))
     run.codes = [data.RowFile(file, torch.int8, shape) for file in files]
     run.teacher = None
     log.info("all targets are cached: the teacher is dropped")
@@ -194,13 +195,12 @@ def cache_targets(run):
         if sum(array.nbytes for array in arrays) < DEVICE_SHARE * torch.cuda.mem_get_info()[0]:
             run.images, *run.codes = [array.to(run.device) for array in arrays]
 
-def fill_view(run, view, parts, path):
-    """Write the codes of all images of a view."""
+def fill_view(run, view, parts, shape, path):
+    """Write the codes of all images of a view: int8, of a shape."""
     with open(path, "wb") as file:
         for features in embed_stored(run, view, parts, f"targets of view {view}"):
-            codes = data.quantise(run.objective.targets(features)).cpu().numpy()
-            file.write(codes)
-        file.truncate(len(run.store) * codes[0].nbytes)  # the first images filled up the last part
+            file.write(data.quantise(run.objective.targets(features)).cpu().numpy())
+        file.truncate(math.prod(shape))  # the first images filled up the last part
 
 def embed_stored(run, view, parts, title=None):
     """Yield the teacher's Features of a view of stored images, for each of some parts of rows."""

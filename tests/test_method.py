@@ -11,7 +11,7 @@ import data
 import eval as evaluation
 import model
 import train
-from config import Config, EvalConfig
+from config import Config, EvalConfig, UserError
 from examples.forks import ema
 from test_smoke import demo_distiller, latest, metrics, same, weights
 
@@ -171,3 +171,35 @@ def test_flops_are_of_one_image(tiny):
     row = bench.speed(model.build_student("resnet18", 64).eval())
     at_224 = row["gflops"] * (224 / 64) ** 2
     assert at_224 == pytest.approx(2 * 1.82, rel=0.02)  # 1.82 G multiply-adds
+
+
+def test_a_change_of_rendering_does_not_meet_old_targets(tiny, tmp_path, monkeypatch):
+    cfg = tiny(epochs=1, teacher_views=1, cache_dir=str(tmp_path / "cache"))
+    train.main(cfg)
+    render = data.render
+    monkeypatch.setattr(data, "render", lambda *arguments: render(*arguments).flip(-2))
+    with pytest.raises(UserError, match="holds targets of other code"):
+        train.main(dataclasses.replace(cfg, epochs=2))  # continues, with the heads as they were
+    train.main(dataclasses.replace(cfg, resume=False))
+    assert len(list((tmp_path / "cache" / "targets").iterdir())) == 2, "other heads, another cache"
+
+
+def test_targets_of_another_shape_have_a_cache_of_their_own(tiny, tmp_path):
+    cfg = tiny(epochs=1, teacher_views=1, cache_dir=str(tmp_path / "cache"))
+    shapes = []
+    for terms in (model.TERMS, dict(cls=model.TERMS["cls"])):
+        fork = type("Fork", (model.Distiller,), dict(terms=terms))  # of one name, as after an edit
+        train.main(dataclasses.replace(cfg, resume=False), objective=fork)
+        shapes.append(len(list((tmp_path / "cache" / "targets").iterdir())))
+    assert shapes == [1, 2]
+
+
+def test_another_commit_is_named_in_one_line(tiny, monkeypatch):
+    environment = model.environment
+    for commit, epochs in (("one", 1), ("two", 2), ("three", 2)):  # begins, goes on, is finished
+        monkeypatch.setattr(model, "environment",
+                            lambda device, commit=commit: environment(device) | dict(commit=commit))
+        train.main(tiny(epochs=epochs))
+    log = (tiny().run_path / "train.log").read_text().splitlines()
+    assert [line[-3:] for line in log if "the checkpoint was written at commit" in line] == [
+        "one", "two"]

@@ -117,6 +117,19 @@ def floor_step(cfg: Config, dtype):
     return student_step, teacher_forward
 
 
+def in_a_row(job, count: int = 8) -> float:
+    """Seconds of a job: the median over three stretches of `count` calls, as a log line averages
+    over so many steps. The first call warms up."""
+    job()
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        for _ in range(count):
+            job()
+        seconds.append((time.perf_counter() - begin) / count)
+    return statistics.median(seconds)
+
+
 def step(folder: Path) -> None:
     print("| student at 96 px, batch 64 | floor | loop, cached | share | teacher + floor |"
           " loop, no cache | share |\n|---|---|---|---|---|---|---|")
@@ -127,7 +140,7 @@ def step(folder: Path) -> None:
         student, teacher = floor_step(cfg, dtype)
         floors, cached, both, live = [], [], [], []
         for _ in range(REPEATS):
-            (student_seconds,), (teacher_seconds,) = in_turn(student), in_turn(teacher)
+            student_seconds, teacher_seconds = in_a_row(student), in_a_row(teacher)
             floors.append(cfg.batch_size / student_seconds)
             both.append(cfg.batch_size / (student_seconds + teacher_seconds))
             lines = run(dataclasses.replace(cfg, teacher_views=1, epochs=4))
@@ -149,10 +162,12 @@ def filling(cfg: Config, folder: Path) -> float:
     seconds = []
     size = data.CHUNK * (4 if filled.device.type == "cuda" else 1)
     parts = data.batch_rows(np.arange(len(filled.store)), size)
+    student, heads = filled.objective.student, filled.objective.heads
+    shape = len(filled.store), 1 + student.grid[0] ** 2, len(heads["cls"].scale) + 2
     for _ in range(2):  # the first one warms up, and compiles
         (folder / "view").unlink(missing_ok=True)
         begin = time.perf_counter()
-        train.fill_view(filled, 0, parts, folder / "view")
+        train.fill_view(filled, 0, parts, shape, folder / "view")
         seconds.append(time.perf_counter() - begin)
     return len(filled.store) / seconds[1]
 
