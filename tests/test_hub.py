@@ -110,28 +110,57 @@ def test_the_default_path_downloads_trains_and_evaluates(tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
 
 
-@needs_shared
-def test_cifar100_is_evaluated_by_its_fine_labels(tmp_path):
-    folder = tmp_path / "cifar100" / "data"
-    folder.mkdir(parents=True)
+def small_cifar(folder: Path, **classes: int) -> str:
+    """Forty images in the files and columns of CIFAR's data set; label column -> its classes."""
+    (folder / "data").mkdir(parents=True)
     for split in ("train", "test"):
         pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
-        columns = dict(
-            img=[PIL.Image.fromarray(p) for p in pixels],
-            fine_label=list(range(40)),
-            coarse_label=[i % 4 for i in range(40)],
-        )
+        columns = dict(img=[PIL.Image.fromarray(p) for p in pixels])
+        columns |= {name: [i % count for i in range(40)] for name, count in classes.items()}
         rows = datasets.Dataset.from_dict(columns)
-        for name, count in (("fine_label", 100), ("coarse_label", 20)):
+        for name, count in classes.items():
             rows = rows.cast_column(name, datasets.ClassLabel(num_classes=count))
-        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    with hub("--repo", f"datasets/uoft-cs/cifar100={tmp_path / 'cifar100'}") as endpoint:
+        rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return f"datasets/uoft-cs/{folder.name}={folder}"
+
+
+@needs_shared
+def test_cifar100_is_evaluated_by_its_fine_labels(tmp_path):
+    cifar100 = small_cifar(tmp_path / "cifar100", fine_label=100, coarse_label=20)
+    with hub("--repo", cifar100) as endpoint:
         flags = "--dataset cifar100 --teacher demo --epochs 1 --batch_size 40"
         sizes = "--student_args depth=1 --teacher_size 32 --student_size 32"
         done = call(tmp_path, endpoint, "train.py", *flags.split(), *sizes.split(), *SMALL[:2])
     assert done.returncode == 0, done.stderr[-3000:]
     (info,) = (tmp_path / "cache" / "stores").glob("cifar100-train-*/info.json")
     assert json.loads(info.read_text())["labels"] == list(range(40))
+
+
+@needs_shared
+def test_the_commands_of_the_missing_rows(tmp_path):
+    """Of results/dinov2, but on forty images, for one epoch, and one of them with evaluation."""
+    repositories = [small_cifar(tmp_path / "cifar10", label=10),
+                    small_cifar(tmp_path / "cifar100", fine_label=100, coarse_label=20)]
+    for size in ("small", "base"):
+        net = timm.create_model(f"vit_{size}_patch14_dinov2", num_classes=0)
+        (tmp_path / size).mkdir()
+        safetensors.torch.save_file(net.state_dict(), tmp_path / size / "model.safetensors")
+        name = f"models/timm/vit_{size}_patch14_dinov2.lvd142m"
+        repositories.append(f"{name}={tmp_path / size}")
+    page = (ROOT / "results" / "dinov2" / "README.md").read_text()
+    commands = re.findall(r"^python (train.py .*)", page, re.M)
+    assert len(commands) == 8
+    with hub(*(word for repository in repositories for word in ("--repo", repository))) as endpoint:
+        for command in commands:
+            words = [*command.split(), "--epochs", "1"]
+            evaluate = command == commands[0]
+            assert words.count("--eval_at_end") == 1
+            words += [] if evaluate else ["--no_eval_at_end"]
+            done = call(tmp_path, endpoint, *words)
+            assert done.returncode == 0, done.stderr[-3000:]
+            run = tmp_path / words[words.index("--run_dir") + 1]
+            assert (run / "student.safetensors").exists()
+            assert (run / "eval.json").exists() == evaluate
 
 
 @needs_shared

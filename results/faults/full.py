@@ -17,7 +17,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from kill import outcome, start
+import torch
+from kill import model, outcome, start
 
 CASES = (  # what is full, what must be there before the disk is, the bytes left, the message
     ("the store", "", 1_000_000, "0.0 GB do not fit into"),
@@ -65,6 +66,7 @@ def run(disk: Path, before: str = "", room: int | None = None) -> tuple[int, str
 
 
 def main() -> None:
+    print(f"{model.environment(torch.device('cpu'))}\n")
     print("| the disk is full for | message |\n|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as peace, small_disk("16m") as disk:
         status, text = run(Path(peace))

@@ -25,6 +25,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import model  # noqa: E402
+
 PER_RUN = 6  # kills, before a run may end
 COMMAND = [*(
     "train.py --dataset shapes --max_samples 1000 --teacher demo --teacher_size 32 "
@@ -99,6 +102,7 @@ def disturb(folder: Path, number: int, place: str) -> str:
 
 
 def main(kills: int, number: int) -> None:
+    print(f"# {model.environment(torch.device('cpu'))}", flush=True)
     random.seed(0)
     hits, runs = collections.Counter(), 0
     with tempfile.TemporaryDirectory() as scratch:

@@ -268,7 +268,9 @@ def judge(folder: Path) -> None:
     knn = KNeighborsClassifier(20, metric="cosine", algorithm="brute", n_jobs=-1,
                                weights=lambda d: np.exp((1 - d) / 0.07)).fit(x, y)
     ours, theirs = in_turn(lambda: evaluation.knn_predict(x, y, q), lambda: knn.predict(q))
-    print(f"k-NN: {ours:.1f} s, scikit-learn {theirs:.1f} s: {theirs / ours:.1f} times")
+    print(f"k-NN: {ours:.1f} s, scikit-learn {theirs:.1f} s: {theirs / ours:.1f} times; "
+          f"{(evaluation.knn_predict(x, y, q).numpy() == knn.predict(q)).mean():.2%} of the "
+          "predictions are equal")
     ours, theirs = in_turn(lambda: [(some @ x.T).shape for some in q.split(512)],
                            lambda: [(some.numpy() @ x.numpy().T).shape for some in q.split(512)])
     print(f"its matrix product alone: torch {ours:.1f} s, numpy {theirs:.1f} s")
