@@ -30,7 +30,7 @@ from demo import shapes  # noqa: E402
 RUNS = HERE / "runs.jsonl"
 SEEDS = 3
 ROWS = {"teacher": {}, "untrained": {}, "patch weight 0": dict(patch_weight=0.0),
-        "patch weight 0.5": dict(patch_weight=0.5)}
+        "patch weight 0.5": dict(patch_weight=0.5), "pool mean": dict(pool="mean")}
 SCORES = {"miou": "mIoU", "shape_iou": "IoU of shape", "accuracy": "accuracy"}
 PROBED, HELD_OUT = 3000, 1000  # training images for the probe; those of them that choose its C
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # C
