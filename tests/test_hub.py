@@ -161,6 +161,7 @@ def test_the_commands_of_the_missing_rows(tmp_path):
             run = tmp_path / words[words.index("--run_dir") + 1]
             assert (run / "student.safetensors").exists()
             assert (run / "eval.json").exists() == evaluate
+            shutil.rmtree(run)  # its checkpoints are large
 
 
 @needs_shared
