@@ -196,7 +196,7 @@ def cache_targets(run):
             run.images, *run.codes = [array.to(run.device) for array in arrays]
 
 def fill_view(run, view, parts, shape, path):
-    """Write the codes of all images of a view: int8, of a shape."""
+    """Write the codes of all images of a view: int8 of a shape [I, T, D + 2]."""
     with open(path, "wb") as file:
         for features in embed_stored(run, view, parts, f"targets of view {view}"):
             file.write(data.quantise(run.objective.targets(features)).cpu().numpy())

@@ -119,7 +119,7 @@ def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) 
             cell.set(xticks=[], yticks=[])
     for cell, image, label in zip(axes[0], bench.test.images[bench.test_rows[some]],
                                   bench.y_test[some], strict=True):
-        cell.imshow(image.permute(1, 2, 0).numpy())
+        cell.imshow(to_pil_image(image))
         cell.set_title(class_name(int(label)), fontsize=9)
     axes[0, 0].set_ylabel("query", rotation=0, ha="right", va="center")
     for row, (name, student) in zip(axes[1:], students.items(), strict=True):
@@ -129,7 +129,7 @@ def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) 
         images = bench.train.images[bench.train_rows[nearest]]
         for cell, image, same in zip(row, images, bench.y[nearest] == bench.y_test[some],
                                      strict=True):
-            cell.imshow(image.permute(1, 2, 0).numpy())
+            cell.imshow(to_pil_image(image))
             for spine in cell.spines.values():
                 spine.set(color=SAME if same else OTHER, linewidth=3)
     figure.savefig(path, dpi=100)

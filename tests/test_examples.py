@@ -14,7 +14,7 @@ from test_smoke import latest
 def test_pictures_of_a_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "QUICK_EVAL", (60, 30))
     monkeypatch.setattr(figures, "QUICK_EVAL", (60, 30))
-    cfg = tiny(eval_every=1, save_every=1)
+    cfg = tiny(eval_every=1)
     train.main(cfg)
     figures.main(latest(cfg), str(tmp_path / "pictures"))
     for name in ("views", "patches", "neighbors", "progress"):

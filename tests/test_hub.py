@@ -59,8 +59,10 @@ def call(tmp_path: Path, endpoint: str, *command: str) -> subprocess.CompletedPr
 
 
 @contextlib.contextmanager
-def hub(*arguments: str):
-    command = [sys.executable, str(SHARED / "hub" / "serve.py"), "--port", "0", *arguments]
+def hub(*repositories: str):
+    """The endpoint of a Hub with these repositories: models/owner/name=folder, or datasets/..."""
+    command = [sys.executable, str(SHARED / "hub" / "serve.py"), "--port", "0"]
+    command += [f"--repo={repository}" for repository in repositories]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield re.search(r"http://\S+", server.stdout.readline())[0]
@@ -74,7 +76,7 @@ def test_the_default_path_downloads_trains_and_evaluates(tmp_path):
     weights.mkdir()
     make = [sys.executable, str(SHARED / "fixtures" / "make_dinov2.py"), "dinov2_vits14"]
     subprocess.run([*make, str(weights / "model.safetensors")], check=True)
-    with hub("--repo", f"models/timm/vit_small_patch14_dinov2.lvd142m={weights}") as endpoint:
+    with hub(f"models/timm/vit_small_patch14_dinov2.lvd142m={weights}") as endpoint:
         flags = (
             "--dataset cifar10 --teacher dinov2_vits14 --max_samples 64 --batch_size 32 "
             "--epochs 1"
@@ -126,8 +128,7 @@ def small_cifar(folder: Path, **classes: int) -> str:
 
 @needs_shared
 def test_cifar100_is_evaluated_by_its_fine_labels(tmp_path):
-    cifar100 = small_cifar(tmp_path / "cifar100", fine_label=100, coarse_label=20)
-    with hub("--repo", cifar100) as endpoint:
+    with hub(small_cifar(tmp_path / "cifar100", fine_label=100, coarse_label=20)) as endpoint:
         flags = "--dataset cifar100 --teacher demo --epochs 1 --batch_size 40"
         sizes = "--student_args depth=1 --teacher_size 32 --student_size 32"
         done = call(tmp_path, endpoint, "train.py", *flags.split(), *sizes.split(), *SMALL[:2])
@@ -150,12 +151,13 @@ def test_the_commands_of_the_missing_rows(tmp_path):
     page = (ROOT / "results" / "dinov2" / "README.md").read_text()
     commands = re.findall(r"^python (train.py .*)", page, re.M)
     assert len(commands) == 8
-    with hub(*(word for repository in repositories for word in ("--repo", repository))) as endpoint:
+    with hub(*repositories) as endpoint:
         for command in commands:
             words = [*command.split(), "--epochs", "1"]
             evaluate = command == commands[0]
             assert words.count("--eval_at_end") == 1
-            words += [] if evaluate else ["--no_eval_at_end"]
+            if not evaluate:
+                words.append("--no_eval_at_end")
             done = call(tmp_path, endpoint, *words)
             assert done.returncode == 0, done.stderr[-3000:]
             run = tmp_path / words[words.index("--run_dir") + 1]
@@ -176,7 +178,7 @@ def test_one_of_several_configurations_is_trained_on_and_another_evaluated(tmp_p
     (tmp_path / "birds" / "README.md").write_text("\n".join([*card, "---", ""]))
     flags = "train.py --dataset me/birds --teacher demo --epochs 1 --batch_size 20 --eval_every 1"
     flags += " --student_args depth=1 --teacher_size 32 --student_size 32 --eval_dataset me/birds"
-    with hub("--repo", f"datasets/me/birds={tmp_path / 'birds'}") as endpoint:
+    with hub(f"datasets/me/birds={tmp_path / 'birds'}") as endpoint:
         command = [*flags.split(), *SMALL[:2]]
         failed = call(tmp_path, endpoint, *command, "--dataset_config", "small")
         assert failed.returncode == 2 and "Traceback" not in failed.stderr

@@ -17,8 +17,7 @@ import time
 import zipfile
 from pathlib import Path
 
-import torch
-from kill import model, outcome, start
+from kill import ENVIRONMENT, outcome, start
 
 CASES = (  # what is full, what must be there before the disk is, the bytes left, the message
     ("the store", "", 1_000_000, "0.0 GB do not fit into"),
@@ -66,8 +65,7 @@ def run(disk: Path, before: str = "", room: int | None = None) -> tuple[int, str
 
 
 def main() -> None:
-    print(f"{model.environment(torch.device('cpu'))}\n")
-    print("| the disk is full for | message |\n|---|---|", flush=True)
+    print(f"{ENVIRONMENT}\n\n| the disk is full for | message |\n|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as peace, small_disk("16m") as disk:
         status, text = run(Path(peace))
         assert status == 0, text

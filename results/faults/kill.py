@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 
+ENVIRONMENT = model.environment(torch.device("cpu"))
 PER_RUN = 6  # kills, before a run may end
 COMMAND = [*(
     "train.py --dataset shapes --max_samples 1000 --teacher demo --teacher_size 32 "
@@ -102,7 +103,7 @@ def disturb(folder: Path, number: int, place: str) -> str:
 
 
 def main(kills: int, number: int) -> None:
-    print(f"# {model.environment(torch.device('cpu'))}", flush=True)
+    print(f"# {ENVIRONMENT}", flush=True)
     random.seed(0)
     hits, runs = collections.Counter(), 0
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,7 +9,7 @@ row is a call of `train.main` and is evaluated by `eval.Bench`. Nothing is chose
 fixed tenth of the training images is held out, from students and from the k-NN and probe that are
 tested on it. Objectives that train.py does not have are below. Each run adds a line to runs.jsonl;
 runs that are there already are not repeated. The rows with a ViT teacher read
-runs/vit-teacher.safetensors, which results/vit/run.sh makes.
+runs/vit-teacher.safetensors, which results/vit/run.sh makes; without it they are run only by name.
 """
 
 import dataclasses
@@ -178,7 +178,6 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective and a num
     "ViT teacher, pool mean": dict(VIT_TEACHER, pool="mean"),
     "ViT teacher, patch weight 0": dict(VIT_TEACHER, patch_weight=0.0),
     "ViT teacher, head linear": dict(VIT_TEACHER, head="linear"),
-    "ViT teacher, not whitened": dict(VIT_TEACHER, objective=NotWhitened),
     "V = 1": dict(teacher_views=1),
     "V = 5": dict(teacher_views=5),
     "64 px, patches of 16": dict(SMALL),
@@ -261,8 +260,10 @@ def main(images: str, weights: str, *rows: str) -> None:
         cfg = Config(**BASE | dict(dataset=held_out(images), max_samples=0))
         teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, weights)
         add(dict(row="teacher", seed=0) | evaluation.Bench(cfg).row("teacher", teacher))
+    rows = rows or [row for row, changes in ROWS.items()
+                    if Path(changes.get("teacher_weights", HERE)).exists()]
     for seed in range(SEEDS):
-        for row in rows or ROWS:
+        for row in rows:
             if seed < ROWS[row].get("seeds", SEEDS) and (row, seed) not in done:
                 add(one(row, seed, images, weights))
 

@@ -117,7 +117,7 @@ def floor_step(cfg: Config, dtype):
     return student_step, teacher_forward
 
 
-def in_a_row(job, count: int = 8) -> float:
+def in_a_row(job, count: int) -> float:
     """Seconds of a job: the median over three stretches of `count` calls, as a log line averages
     over so many steps. The first call warms up."""
     job()
@@ -140,7 +140,8 @@ def step(folder: Path) -> None:
         student, teacher = floor_step(cfg, dtype)
         floors, cached, both, live = [], [], [], []
         for _ in range(REPEATS):
-            student_seconds, teacher_seconds = in_a_row(student), in_a_row(teacher)
+            student_seconds, teacher_seconds = (in_a_row(job, cfg.log_every)
+                                                for job in (student, teacher))
             floors.append(cfg.batch_size / student_seconds)
             both.append(cfg.batch_size / (student_seconds + teacher_seconds))
             lines = run(dataclasses.replace(cfg, teacher_views=1, epochs=4))
