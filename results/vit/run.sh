@@ -20,7 +20,7 @@ train vit-teacher --dataset runs/mixed $conv --epochs "${TEACHER_EPOCHS:-12}" \
 # Without its metadata the file is loaded as DINOv2's own: a table of 37 x 37 positions, resampled as the official code.
 python3 -c "from safetensors.torch import *; import sys; save_file(load_file(sys.argv[1]), sys.argv[2])" \
     runs/vit-teacher/student.safetensors runs/vit-teacher.safetensors
-size=$(python3 results/vit/sizes.py "$cifar" dinov2_vits14 runs/vit-teacher.safetensors runs/sizes.jsonl \
+size=$(python3 results/vit/sizes.py "$cifar" train dinov2_vits14 runs/vit-teacher.safetensors runs/sizes.jsonl \
     70 84 98 112 126 140 | tail -n 1)
 
 vit="--teacher dinov2_vits14 --teacher_weights runs/vit-teacher.safetensors --teacher_size $size"

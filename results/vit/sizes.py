@@ -1,7 +1,8 @@
 """At which size is a teacher best? Learns from 10,000 training images, tests 2,000 others.
 
-    python results/vit/sizes.py IMAGES TEACHER WEIGHTS sizes.jsonl 70 84 98
+    python results/vit/sizes.py IMAGES SPLIT TEACHER WEIGHTS sizes.jsonl 70 84 98
 
+SPLIT is train, of which a tenth is held out to test on, or a split that the teacher has not seen.
 The last line that it prints is the size of the best k-NN accuracy.
 """
 
@@ -15,8 +16,8 @@ import model
 from config import Config
 
 if __name__ == "__main__":
-    images, teacher, weights, file, *sizes = sys.argv[1:]
-    cfg = Config(dataset=images, eval_split="train", test_split="train", teacher=teacher)
+    images, split, teacher, weights, file, *sizes = sys.argv[1:]
+    cfg = Config(dataset=images, eval_split="train", test_split=split, teacher=teacher)
     bench = evaluation.Bench(cfg, max_train=10_000, max_test=2_000)
     rows = []
     for size in map(int, sizes):
