@@ -195,6 +195,7 @@ def main(args):
     loaded = [load(path, args.overrides) for path in args.checkpoints]
     cfg = loaded[0][1]
     bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
+    students = [models.student_of(own, saved["student"]) for saved, own in loaded]
     print(f"{bench.dataset}: {len(bench.y)} training, {len(bench.y_test)} test images", flush=True)
     if not bench.labelled:
         print("no labels in one of the splits: no k-NN, no probe (--label_column, --test_split)")
@@ -202,8 +203,7 @@ def main(args):
         teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
         rows.append(bench.row(f"teacher {cfg.teacher}", teacher))
         rows.append(bench.row("student, untrained", models.student_of(cfg)))
-    for path, (saved, own) in zip(args.checkpoints, loaded, strict=True):
-        student = models.student_of(own, saved["student"])
+    for path, (saved, own), student in zip(args.checkpoints, loaded, students, strict=True):
         row = bench.row(f"{Path(path).parent.name}, epoch {saved['epoch']:g}", student)
         if teacher:
             row |= {f"keeps_{name}": row[name] / rows[0][name] for name in ("knn20", "linear")
