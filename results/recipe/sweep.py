@@ -169,6 +169,7 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective and a num
     "crop 0.7": dict(crop_scale=0.7),
     "40 epochs, V = 4": dict(epochs=40, teacher_views=4),
     "40 epochs, V = 4, crop 0.7": dict(epochs=40, teacher_views=4, crop_scale=0.7),
+    "40 epochs, V = 4, patch weight 1": dict(epochs=40, teacher_views=4, patch_weight=1.0),
     "lr 5e-4": dict(lr=5e-4),
     "lr 2e-3": dict(lr=2e-3),
     "ViT-S/16": dict(VIT_S),
