@@ -195,7 +195,7 @@ def main(args):
     loaded = [load(path, args.overrides) for path in args.checkpoints]
     cfg = loaded[0][1]
     bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
-    students = [models.student_of(own, saved["student"]) for saved, own in loaded]
+    students = [models.student_of(own, saved["student"]) for saved, own in loaded]  # fails early
     print(f"{bench.dataset}: {len(bench.y)} training, {len(bench.y_test)} test images", flush=True)
     if not bench.labelled:
         print("no labels in one of the splits: no k-NN, no probe (--label_column, --test_split)")

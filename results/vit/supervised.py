@@ -8,6 +8,7 @@ chosen on them. [CLS] and the mean of the patches are classified together, as in
 evaluation, so that both are trained. The learning rate falls with the clock.
 """
 
+import itertools
 import math
 import sys
 import time
@@ -49,6 +50,14 @@ def labelled_images(dataset, device):
     return store.images.to(device), torch.from_numpy(store.labels).to(device)
 
 
+def batches(count):
+    """Rows and boxes of one batch after another, without end."""
+    for epoch in itertools.count():
+        boxes = data.view_boxes(0, epoch, count, 0.4)
+        for rows in data.batch_rows(data.epoch_order(count, 0, epoch), BATCH):
+            yield rows, boxes[rows]
+
+
 def main(cifar10, tiny_imagenet, file, seconds):
     torch.manual_seed(0)
     device = model.pick_device("auto")
@@ -62,32 +71,28 @@ def main(cifar10, tiny_imagenet, file, seconds):
     optimiser = torch.optim.AdamW(groups, lr=LR, fused=True)
     mix = timm.data.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.5, num_classes=sum(CLASSES))
     forward = torch.compile(classifier)
-    step, begin, elapsed = 0, time.time(), 0
-    while elapsed < seconds:
-        epoch = step * BATCH // len(images)
-        boxes = data.view_boxes(0, epoch, len(images), 0.4)
-        for rows in data.batch_rows(data.epoch_order(len(images), 0, epoch), BATCH):
-            pixels = data.render(images[rows], boxes[rows], SIZE)
-            pixels, targets = mix(pixels, labels[rows])
-            progress = min(1, elapsed / seconds)
-            for group in optimiser.param_groups:
-                group["lr"] = LR * min(1, 20 * progress) * (1 + math.cos(math.pi * progress)) / 2
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = nn.functional.cross_entropy(forward(pixels), targets)
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-            optimiser.step()
-            if step == 0:  # compilation is not counted
-                loss.item()
-                begin = time.time()
-            step, elapsed = step + 1, time.time() - begin
-            if step % 200 == 0:
-                print(f"epoch {step * BATCH / len(images):.2f} step {step} loss {loss.item():.4f} "
-                      f"images_per_s {step * BATCH / elapsed:.0f} seconds {elapsed:.1f} "
-                      f"memory_gb {model.peak_memory(device):.1f}", flush=True)
-            if elapsed >= seconds:
-                break
+    elapsed = 0
+    for step, (rows, boxes) in enumerate(batches(len(images)), 1):
+        pixels, targets = mix(data.render(images[rows], boxes, SIZE), labels[rows])
+        progress = elapsed / seconds
+        for group in optimiser.param_groups:
+            group["lr"] = LR * min(1, 20 * progress) * (1 + math.cos(math.pi * progress)) / 2
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = nn.functional.cross_entropy(forward(pixels), targets)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+        optimiser.step()
+        if step == 1:  # compilation is not counted
+            loss.item()
+            begin = time.time()
+        elapsed = time.time() - begin
+        if step % 200 == 0:
+            print(f"epoch {step * BATCH / len(images):.2f} step {step} loss {loss.item():.4f} "
+                  f"images_per_s {step * BATCH / elapsed:.0f} seconds {elapsed:.1f} "
+                  f"memory_gb {model.peak_memory(device):.1f}", flush=True)
+        if elapsed >= seconds:
+            break
     print(f"{step * BATCH / len(images):.1f} epochs, {model.environment(device)}")
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     safetensors.torch.save_file(weights, file)

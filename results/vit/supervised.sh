@@ -7,9 +7,9 @@ set -euo pipefail
 cifar=$1 tiny=$2
 mkdir -p runs
 file=runs/supervised.safetensors
-python3 results/vit/supervised.py "$cifar" "$tiny" "$file" "${SECONDS_OF_TEACHER:-240}" | tee runs/supervised.log
+python3 results/vit/supervised.py "$cifar" "$tiny" "$file" "${SECONDS_OF_TEACHER:-260}" | tee runs/supervised.log
 size=$(python3 results/vit/sizes.py cache/cifar10-held-out test dinov2_vits14 "$file" runs/sizes.jsonl \
-    84 98 112 126 140 | tail -n 1)
+    84 98 112 126 140 154 168 | tail -n 1)
 
 student() {  # NAME SETTINGS
     python3 train.py --run_dir "runs/$1" "${@:2}" --dataset "$cifar" --teacher dinov2_vits14 \
