@@ -24,7 +24,6 @@ PRESETS = {
         eval_at_end=True),
     # 500,000 images of your own on one GPU. No run of that size has been made.
     "hf": dict(dataset="", batch_size=512, epochs=100, warmup_epochs=5.0)}
-ALIASES = dict(learning_rate="lr", checkpoint_dir="run_dir", use_torch_compile="compile")
 
 class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""
@@ -157,7 +156,7 @@ def parse(cls, argv):
     given, found = vars(known), []
     for word in [word for word in unknown if word.startswith("-")] or unknown:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
-        found.append(f"unknown {word}{suggestion(ALIASES.get(name, name), flags, '--')}")
+        found.append(f"unknown {word}{suggestion(name, flags, '--')}")
     values = PRESETS.get(given.get("preset"), {}) | {n: given[n] for n in given if n in own}
     if cls is EvalConfig:
         values["overrides"] = {n: given[n] for n in given if n not in own}
@@ -202,7 +201,6 @@ def reason(error):
 def from_hub(what, instead, load, *arguments, **options):
     """load(*arguments, **options), which may download. Raises UserError.
     If the Hub does not respond in five seconds, its libraries go offline and do not retry."""
-    hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     try:
         if not hub.constants.HF_HUB_OFFLINE:
             hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=5)

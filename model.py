@@ -67,8 +67,7 @@ class Backbone(nn.Module):
         self.outputs_tokens = x.ndim == 3  # else a feature map
         _, N, self.embed_dim = self.to_features(x).patches.shape
         self.grid = math.isqrt(N), math.isqrt(N)  # rows, columns
-        least = 2 if self.outputs_tokens else 1  # PiT outputs a class token alone
-        if N < least or math.prod(self.grid) != N:
+        if N < 1 or math.prod(self.grid) != N:
             raise UserError(f"it outputs {list(x.shape[1:])}, no square grid of patch embeddings")
 
     def to_features(self, x):
@@ -200,8 +199,6 @@ def official_position_table(table, grid):
 def problems(cfg):
     """What is wrong with losses, batches and models, before anything is downloaded or written."""
     found = []
-    if cfg.cls_weight == cfg.patch_weight == 0:
-        found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
     if cfg.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         found.append(f"--batch_size {cfg.batch_size} is not a multiple of the processes")
     for side in ("teacher", "student"):

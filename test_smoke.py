@@ -69,14 +69,13 @@ def demo_distiller(**changes):
 
 def test_mistakes_are_reported_together_with_the_nearest_name():
     with pytest.raises(UserError) as flags:
-        parse(Config, "--epoch 5 --learning_rate 1 --checkpoint_dir x --pool max".split())
-    for expected in ("did you mean --epochs", "did you mean --lr", "did you mean --run_dir",
-                     "not one of cls, mean"):
+        parse(Config, "--epoch 5 --run_dri x --pool max".split())
+    for expected in ("did you mean --epochs", "did you mean --run_dir", "not one of cls, mean"):
         assert expected in str(flags.value)
-    argv = "--dataset cifar1 --student vit_smal_patch16_224 --cls_weight 0 --patch_weight 0"
+    argv = "--dataset cifar1 --student vit_smal_patch16_224"
     with pytest.raises(UserError) as values:
         train.main(parse(Config, argv.split()))
-    for expected in ("cifar10", "vit_small_patch16_224", "nothing would be learned"):
+    for expected in ("cifar10", "vit_small_patch16_224"):
         assert expected in str(values.value)
 
 
@@ -105,7 +104,7 @@ def test_help_spells_flags_as_they_are(capsys):
     (dict(student_args="drop_path_rate=2"), "bernoulli"),
     (dict(student_args="depht=6"), "depht"),
     (dict(student="dinov2_vits14", student_size=28, student_args=""), "not a model of timm"),
-    (dict(student="pit_ti_224", student_size=224, student_args=""), "no square grid"),
+    (dict(student="volo_d1_224", student_size=224, student_args=""), "no square grid"),
 ])
 def test_models_that_do_not_fit_are_refused_before_anything_is_written(tiny, changes, words):
     cfg = tiny(**changes)

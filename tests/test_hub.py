@@ -24,8 +24,6 @@ import pytest
 import safetensors.torch
 import timm
 
-import config
-
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -407,13 +405,3 @@ def test_a_trouble_that_passes_goes_unnoticed(troubled, tmp_path, trouble, reque
     done = troubled(tmp_path, trouble, requests, once=True)
     assert len(troubled.server.trouble[2]) >= least, "of both, each request failed once"
     assert done.returncode == 0 and "done. Evaluate with" in done.stdout, done.stderr[-3000:]
-
-
-def test_usage_reports_are_off_whoever_imported_the_library_first(monkeypatch):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "torch/" in huggingface_hub.utils.build_hf_headers()["user-agent"]
-    config.from_hub("", "", lambda: None)
-    assert "torch/" not in huggingface_hub.utils.build_hf_headers()["user-agent"]

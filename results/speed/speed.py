@@ -5,6 +5,7 @@
     python results/speed/speed.py store     # decoding, and reading batches
     python results/speed/speed.py memory    # 500,000 stored images against 1,000
     python results/speed/speed.py eval      # k-NN and linear probe against scikit-learn
+    python results/speed/speed.py malloc    # training with memory that glibc keeps
     python results/speed/speed.py busy      # training beside a process that keeps one core busy
     python results/speed/speed.py gpu         # images/s while filling and while reading, on a GPU
     python results/speed/speed.py gpu_memory  # of teachers and students
@@ -46,6 +47,7 @@ import train  # noqa: E402
 from config import Config, UserError, parse  # noqa: E402
 
 REPEATS = 5
+KEEP = dict(MALLOC_TRIM_THRESHOLD_="4000000000", MALLOC_MMAP_THRESHOLD_="4000000000")
 
 
 def in_turn(*jobs) -> list[float]:
@@ -82,6 +84,15 @@ def run(cfg: Config) -> list[dict]:
     """`train.main` without its log on the terminal -> the lines of metrics.jsonl."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.main(cfg)
+    return [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_apart(cfg: Config, **variables: str) -> list[dict]:
+    """`run` in a process of its own, with environment variables."""
+    flags = [f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items()
+             if not isinstance(v, bool) and v != ""] + ["--no_resume"]
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True,
+                   capture_output=True, env=os.environ | variables)
     return [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -287,8 +298,6 @@ def busy(folder: Path) -> None:
     cfg = settings(folder, teacher="tf_efficientnet_lite0", teacher_size=96, student="resnet10t",
                    teacher_views=0, max_samples=768, epochs=1, log_every=1,
                    teacher_weights=seeded_weights("tf_efficientnet_lite0", folder))
-    flags = [f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items()
-             if not isinstance(v, bool) and v != ""] + ["--no_resume"]
     alone, beside = [], []
     for _ in range(3):
         for speeds_of in (alone, beside):
@@ -296,14 +305,29 @@ def busy(folder: Path) -> None:
             if speeds_of is beside:
                 other = subprocess.Popen(["nice", "-n", "19", sys.executable, "-c",
                                           "while True: pass"])
-            subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True,
-                           capture_output=True)
+            speeds_of.append(statistics.median(speeds(run_apart(cfg), 0)))
             if other:
                 other.kill()
-            lines = (cfg.run_path / "metrics.jsonl").read_text().splitlines()
-            speeds_of.append(statistics.median(speeds(list(map(json.loads, lines)), 0)))
     a, b = map(statistics.median, (alone, beside))
     print(f"{a:.0f} images/s alone, {b:.0f} beside a busy process: {b / a:.0%}")
+
+
+def malloc(folder: Path) -> None:
+    """Training where glibc gives freed memory back to the system, and where it keeps it."""
+    print("| student at 96 px, batch 64 | images/s, GB | with KEEP |\n|---|---|---|")
+    for name, args in (("vit_small_patch16_224", ""), ("vit_tiny_patch16_224", "depth=6"),
+                       ("resnet10t", "")):
+        cfg = settings(folder, student=name, student_args=args, teacher_views=1, epochs=3,
+                       log_every=8)
+        sides = [], []
+        for _ in range(3):
+            for side, variables in zip(sides, ({}, KEEP), strict=True):
+                lines = run_apart(cfg, **variables)
+                side.append((statistics.median(speeds(lines, 1) + speeds(lines, 2)),
+                             lines[-1]["memory_gb"]))
+        cells = ["{:.0f}, {:.2f}".format(*map(statistics.median, zip(*side, strict=True)))
+                 for side in sides]
+        print(f"| {name} {args} | {' | '.join(cells)} |", flush=True)
 
 
 def gpu(folder: Path) -> None:
@@ -363,8 +387,8 @@ def gpu_memory(folder: Path) -> None:
 
 
 def main(name: str) -> None:
-    parts = dict(step=step, cache=cache, store=store, memory=memory, eval=judge, busy=busy, gpu=gpu,
-                 gpu_memory=gpu_memory)
+    parts = dict(step=step, cache=cache, store=store, memory=memory, eval=judge, malloc=malloc,
+                 busy=busy, gpu=gpu, gpu_memory=gpu_memory)
     if name not in parts:
         raise UserError(f"one of {', '.join(parts)}")
     device = model.pick_device("auto")
