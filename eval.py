@@ -77,7 +77,7 @@ def accuracy(predicted, labels):
 def linear_probe(train, labels, test):
     """Standardise, choose C on a tenth of train, refit on all of it -> (predictions int64, C).
     C grows until the accuracy falls; each fit starts from the last. Test features are used once."""
-    mean, std = train.double().mean(0), train.double().std(0).clamp_min(1e-8)
+    mean, std = train.double().mean(0), train.double().std(0, correction=0).clamp_min(1e-8)
     train, test = (train - mean) / std, (test - mean) / std
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train))).to(train.device)
     held, rest = order.tensor_split([len(order) // HOLDOUT])

@@ -199,7 +199,7 @@ NONE = [None] * 4
 
 
 @pytest.mark.parametrize("labels, test_labels, accuracies", [
-    ([0, 1], None, "k-NN"),  # one is held out, whose class the other does not have
+    ([0, 1], None, "k-NN and probe"),  # one is held out, whose class the other does not have
     ([0], [0], "none"),
     ([3] * 4, [3] * 4, "none"),  # one class is none
     ([0, 1] * 2, [2] * 4, "k-NN and probe"),  # no class in common
