@@ -80,7 +80,7 @@ def linear_probe(train, labels, test):
     mean, std = train.double().mean(0), train.double().std(0, correction=0).clamp_min(1e-8)
     train, test = (train - mean) / std, (test - mean) / std
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train))).to(train.device)
-    held, rest = order.tensor_split([len(order) // HOLDOUT])
+    held, rest = order.tensor_split([len(order) // HOLDOUT])  # none of nine: the smallest C
     w = train.new_zeros(int(labels.max()) + 1, train.shape[1] + 1)
     scores = {}
     for C in STRENGTHS:

@@ -80,11 +80,16 @@ def settings(folder: Path, **changes) -> Config:
     return Config(**given)
 
 
+def logged(cfg: Config) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
+
+
 def run(cfg: Config) -> list[dict]:
     """`train.main` without its log on the terminal -> the lines of metrics.jsonl."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.main(cfg)
-    return [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
+    return logged(cfg)
 
 
 def run_apart(cfg: Config, **variables: str) -> list[dict]:
@@ -93,7 +98,7 @@ def run_apart(cfg: Config, **variables: str) -> list[dict]:
              if not isinstance(v, bool) and v != ""] + ["--no_resume"]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True,
                    capture_output=True, env=os.environ | variables)
-    return [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
+    return logged(cfg)
 
 
 def speeds(lines: list[dict], epoch: int) -> list[float]:
