@@ -2,6 +2,7 @@
 
     python results/recipe/sweep.py IMAGES WEIGHTS                  # every row, three seeds
     python results/recipe/sweep.py IMAGES WEIGHTS base "lr 2e-3"   # some
+    python results/recipe/sweep.py IMAGES WEIGHTS "lr 2e-3@1"      # one seed of one
     python results/recipe/sweep.py --table                         # runs.jsonl as Markdown
 
 IMAGES is CIFAR-10 as train.py's --dataset takes it, WEIGHTS those of the stand-in teacher. Every
@@ -154,7 +155,7 @@ class TrainedMap(Raw):
 # ---------------------------------------------------------------------------- rows
 
 NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20)
-ROWS = {  # settings of train.py that differ, and perhaps an objective and a number of seeds
+ROWS = {  # settings of train.py that differ, and perhaps an objective
     "base": {},
     "head frozen": dict(objective=RandomAxes),
     "head linear": dict(head="linear"),
@@ -182,11 +183,11 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective and a num
     "V = 1": dict(teacher_views=1),
     "V = 5": dict(teacher_views=5),
     "64 px, patches of 16": dict(SMALL),
-    "32 px, patches of 4": dict(student_args="depth=4 patch_size=4", seeds=1),
+    "32 px, patches of 4": dict(student_args="depth=4 patch_size=4"),
     "ema 0.99": dict(objective=EMA),
     "jitter on the shared view": dict(objective=Jitter),
-    "conv net, head linear": dict(CONV, seeds=1),
-    "conv net, head pca": dict(CONV, head="pca", seeds=1),
+    "conv net, head linear": dict(CONV),
+    "conv net, head pca": dict(CONV, head="pca"),
     # what others do
     "normalised MSE, frozen random map": dict(objective=MSEOnRandomAxes),
     "patch MSE (LightlyTrain v2)": dict(objective=PatchMSE, pool="mean", cls_weight=0.0),
@@ -195,10 +196,10 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective and a num
     "queue KL, patch KL (v3), lr 2e-3": dict(objective=QueueAndPatchKL, pool="mean", lr=2e-3),
     "queue KL, patch KL (v3), lr 5e-4": dict(objective=QueueAndPatchKL, pool="mean", lr=5e-4),
     # what went wrong: a teacher's grid (6 x 6) that is larger than the student's (4 x 4)
-    "naive: none of the mistakes": dict(NAIVE, seeds=1),
-    "naive: trained map on the teacher's side": dict(NAIVE, objective=TrainedMap, seeds=1),
-    "naive: truncated patches": dict(NAIVE, objective=Truncated, seeds=1),
-    "naive: mean MSE": dict(NAIVE, objective=MSE, seeds=1),
+    "naive: none of the mistakes": dict(NAIVE),
+    "naive: trained map on the teacher's side": dict(NAIVE, objective=TrainedMap),
+    "naive: truncated patches": dict(NAIVE, objective=Truncated),
+    "naive: mean MSE": dict(NAIVE, objective=MSE),
 }
 
 # ---------------------------------------------------------------------------- a run
@@ -219,7 +220,7 @@ def held_out(images: str, cache: str = "cache") -> str:
 
 
 def one(row: str, seed: int, images: str, weights: str) -> dict:
-    changes = {k: v for k, v in ROWS[row].items() if k not in ("objective", "seeds")}
+    changes = {k: v for k, v in ROWS[row].items() if k != "objective"}
     objective = ROWS[row].get("objective", model.Distiller)
     name = "".join(c if c.isalnum() else "_" for c in row)
     cfg = Config(**BASE | dict(teacher_weights=weights) | changes | dict(
@@ -264,8 +265,8 @@ def main(images: str, weights: str, *rows: str) -> None:
     rows = rows or [row for row, changes in ROWS.items()
                     if Path(changes.get("teacher_weights", HERE)).exists()]
     for seed in range(SEEDS):
-        for row in rows:
-            if seed < ROWS[row].get("seeds", SEEDS) and (row, seed) not in done:
+        for row, _, only in (row.partition("@") for row in rows):
+            if only in ("", str(seed)) and (row, seed) not in done:
                 add(one(row, seed, images, weights))
 
 
