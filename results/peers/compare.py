@@ -13,6 +13,7 @@ repeated.
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -90,10 +91,12 @@ def run(side: str, lr: float, seed: int, split: str, images: Path, weights: str,
         begin, cpu = time.time(), cpu_seconds()
         if side == LIGHTLY:
             file = train_lightly(cfg, python)
+            memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
         else:
-            train.main(cfg)
+            memory = train.main(cfg)["memory_gb"]
             file = folder / "student.safetensors"
-        facts = dict(minutes=(time.time() - begin) / 60, cpu_minutes=(cpu_seconds() - cpu) / 60)
+        facts = dict(minutes=(time.time() - begin) / 60, cpu_minutes=(cpu_seconds() - cpu) / 60,
+                     memory_gb=memory)
         if side == LIGHTLY:
             facts["peer"] = json.loads((folder / "versions.json").read_text())
         finished.write_text(json.dumps(dict(file=str(file), facts=facts)))

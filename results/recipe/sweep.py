@@ -168,6 +168,7 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective
     "patches alone, pool mean": dict(pool="mean", cls_weight=0.0, patch_weight=1.0),
     "crop 0.2": dict(crop_scale=0.2),
     "crop 0.7": dict(crop_scale=0.7),
+    "40 epochs": dict(epochs=40),
     "40 epochs, V = 4": dict(epochs=40, teacher_views=4),
     "40 epochs, V = 4, crop 0.7": dict(epochs=40, teacher_views=4, crop_scale=0.7),
     "40 epochs, V = 4, patch weight 1": dict(epochs=40, teacher_views=4, patch_weight=1.0),
