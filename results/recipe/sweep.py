@@ -10,7 +10,7 @@ row is a call of `train.main` and is evaluated by `eval.Bench`. Nothing is chose
 fixed tenth of the training images is held out, from students and from the k-NN and probe that are
 tested on it. Objectives that train.py does not have are below. Each run adds a line to runs.jsonl;
 runs that are there already are not repeated. The rows with a ViT teacher read
-runs/vit-teacher.safetensors, which results/vit/run.sh makes; without it they are run only by name.
+runs/vit-teacher.safetensors (README.md: how it is made); without it they are run only by name.
 """
 
 import dataclasses
@@ -32,8 +32,6 @@ import model  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
 from examples.forks import queue_kl  # noqa: E402
-from examples.forks.ema import EMA  # noqa: E402
-from examples.forks.jitter import Jitter  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 HELD_OUT = 5_000  # of the 50,000 training images
@@ -46,8 +44,9 @@ SMALL = dict(student_size=64, student_args="depth=4")
 VIT_S = dict(
     student="vit_small_patch16_224", student_size=48, student_args="", batch_size=256,
     max_samples=0)
-VIT_TEACHER = dict(  # a ViT-S/14 in DINOv2's layout, which results/vit/run.sh trains
+VIT_TEACHER = dict(  # a ViT-S/14 in DINOv2's layout that has not seen the held-out images
     teacher="dinov2_vits14", teacher_size=112, teacher_weights="runs/vit-teacher.safetensors")
+TEACHERS = {"teacher": {}, "ViT teacher itself": VIT_TEACHER}
 CONV = dict(student="resnet10t", student_size=64, student_args="", epochs=4)
 
 # ---------------------------------------------------------------------------- other objectives
@@ -87,10 +86,6 @@ class MSE(model.Distiller):
         return super().term_loss(name, prediction, target) * 2 / target.shape[-1]
 
 
-class MSEOnRandomAxes(MSE, RandomAxes):
-    pass
-
-
 class Raw(model.Distiller):
     """Trained maps to the teacher's width; targets as the teacher outputs them."""
 
@@ -101,21 +96,11 @@ class Raw(model.Distiller):
         pass
 
 
-class PatchMSE(Raw):
-    """Patches only, mean squared error of unnormalised features (LightlyTrain v2)."""
-
-    def term_loss(self, name, prediction, target):
-        return F.mse_loss(prediction.float(), target)
-
-
-class QueueKL(queue_kl.QueueKL, Raw):
-    """KL of the similarities to a queue of earlier targets (LightlyTrain v1), without patches."""
+class QueueAndPatchKL(queue_kl.QueueKL, Raw):
+    """LightlyTrain's v3: KL of the similarities to a queue of earlier targets, and of each patch's
+    similarities to all patches of its image."""
 
     size = 8192
-
-
-class QueueAndPatchKL(QueueKL):
-    """The queue, and KL of each patch's similarities to all of its image (LightlyTrain v3)."""
 
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher, cfg)
@@ -157,7 +142,7 @@ class TrainedMap(Raw):
 NAIVE = dict(teacher_size=192, max_samples=5_000, epochs=20)
 ROWS = {  # settings of train.py that differ, and perhaps an objective
     "base": {},
-    "head frozen": dict(objective=RandomAxes),
+    "random axes, not whitened": dict(objective=RandomAxes),
     "head linear": dict(head="linear"),
     "targets not whitened": dict(objective=NotWhitened),
     "targets whole whitened": dict(objective=Whitened),
@@ -165,7 +150,6 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective
     "patch weight 0": dict(patch_weight=0.0),
     "patch weight 1": dict(patch_weight=1.0),
     "pool mean": dict(pool="mean"),
-    "patches alone, pool mean": dict(pool="mean", cls_weight=0.0, patch_weight=1.0),
     "crop 0.2": dict(crop_scale=0.2),
     "crop 0.7": dict(crop_scale=0.7),
     "40 epochs": dict(epochs=40),
@@ -185,14 +169,9 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective
     "V = 5": dict(teacher_views=5),
     "64 px, patches of 16": dict(SMALL),
     "32 px, patches of 4": dict(student_args="depth=4 patch_size=4"),
-    "ema 0.99": dict(objective=EMA),
-    "jitter on the shared view": dict(objective=Jitter),
     "conv net, head linear": dict(CONV),
     "conv net, head pca": dict(CONV, head="pca"),
     # what others do
-    "normalised MSE, frozen random map": dict(objective=MSEOnRandomAxes),
-    "patch MSE (LightlyTrain v2)": dict(objective=PatchMSE, pool="mean", cls_weight=0.0),
-    "queue KL (LightlyTrain v1)": dict(objective=QueueKL, pool="mean", patch_weight=0.0),
     "queue KL, patch KL (v3)": dict(objective=QueueAndPatchKL, pool="mean"),
     "queue KL, patch KL (v3), lr 2e-3": dict(objective=QueueAndPatchKL, pool="mean", lr=2e-3),
     "queue KL, patch KL (v3), lr 5e-4": dict(objective=QueueAndPatchKL, pool="mean", lr=5e-4),
@@ -259,10 +238,12 @@ def table() -> str:
 
 def main(images: str, weights: str, *rows: str) -> None:
     done = {(run["row"], run["seed"]) for run in known()}
-    if ("teacher", 0) not in done:
-        cfg = Config(**BASE | dict(dataset=held_out(images), max_samples=0))
-        teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, weights)
-        add(dict(row="teacher", seed=0) | evaluation.Bench(cfg).row("teacher", teacher))
+    for name, settings in TEACHERS.items():
+        cfg = Config(**BASE | dict(teacher_weights=weights) | settings | dict(
+            dataset=held_out(images), max_samples=0))
+        if (name, 0) not in done and Path(cfg.teacher_weights).exists():
+            teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
+            add(dict(row=name, seed=0) | evaluation.Bench(cfg).row(name, teacher))
     rows = rows or [row for row, changes in ROWS.items()
                     if Path(changes.get("teacher_weights", HERE)).exists()]
     for seed in range(SEEDS):
