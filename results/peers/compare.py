@@ -91,6 +91,7 @@ def run(side: str, lr: float, seed: int, split: str, images: Path, weights: str,
         begin, cpu = time.time(), cpu_seconds()
         if side == LIGHTLY:
             file = train_lightly(cfg, python)
+            # The most of any child so far: LightlyTrain's runs are alike.
             memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
         else:
             memory = train.main(cfg)["memory_gb"]

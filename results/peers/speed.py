@@ -1,6 +1,6 @@
 """CPU time of 50 epochs with LightlyTrain and this program: ViT-S/14 -> ViT-Ti/16, both at 112 px.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python results/peers/speed.py LIGHTLY_PYTHON  # writes speed.txt
+    OMP_NUM_THREADS=1 taskset -c 0 python results/peers/speed.py LIGHTLY_PYTHON  # adds to speed.txt
 
 Each side runs for a few epochs of different lengths, whose differences are free of starting up:
 the time of an epoch of LightlyTrain, of an epoch on cached targets, and of caching a view. Weights
@@ -65,12 +65,14 @@ def main(python: str) -> None:
     short, long, more = ours(2, 1), ours(6, 1), ours(6, 2)
     cached, view = (long - short) / 4, more - long
     ratio = EPOCHS * live / (VIEWS * view + EPOCHS * cached)
-    (HERE / "speed.txt").write_text(
-        f"{model.environment(torch.device('cpu'))} {(time.time() - begin) / 60:.0f} minutes\n"
-        f"{TEACHER} -> {STUDENT}, both at {SIZE} px, batch {BATCH}, {IMAGES} images, bf16\n"
-        f"LightlyTrain: {live:.1f} CPU s an epoch; this program: {cached:.1f} on cached targets,"
-        f" {view:.1f} to cache a view\n"
-        f"{EPOCHS} epochs with {VIEWS} views: {ratio:.2f} times as fast\n")
+    minutes = (time.time() - begin) / 60
+    with open(HERE / "speed.txt", "a") as log:
+        log.write(
+            f"{model.environment(torch.device('cpu'))} {minutes:.0f} minutes\n"
+            f"{TEACHER} -> {STUDENT}, both at {SIZE} px, batch {BATCH}, {IMAGES} images, bf16\n"
+            f"LightlyTrain: {live:.1f} CPU s an epoch; this program: {cached:.1f} on cached "
+            f"targets, {view:.1f} to cache a view\n"
+            f"{EPOCHS} epochs with {VIEWS} views: {ratio:.2f} times as fast\n")
 
 
 if __name__ == "__main__":

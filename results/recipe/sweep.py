@@ -40,13 +40,11 @@ BASE = dict(
     teacher="tf_efficientnet_lite0", teacher_size=96, student="vit_tiny_patch16_224",
     student_size=32, student_args="depth=4 patch_size=8", batch_size=128, epochs=10,
     max_samples=20_000, teacher_views=2, save_every=0)
-SMALL = dict(student_size=64, student_args="depth=4")
 VIT_S = dict(
     student="vit_small_patch16_224", student_size=48, student_args="", batch_size=256,
     max_samples=0)
 VIT_TEACHER = dict(  # a ViT-S/14 in DINOv2's layout that has not seen the held-out images
     teacher="dinov2_vits14", teacher_size=112, teacher_weights="runs/vit-teacher.safetensors")
-TEACHERS = {"teacher": {}, "ViT teacher itself": VIT_TEACHER}
 CONV = dict(student="resnet10t", student_size=64, student_args="", epochs=4)
 
 # ---------------------------------------------------------------------------- other objectives
@@ -158,25 +156,25 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective
     "40 epochs, V = 4, patch weight 1": dict(epochs=40, teacher_views=4, patch_weight=1.0),
     "lr 5e-4": dict(lr=5e-4),
     "lr 2e-3": dict(lr=2e-3),
-    "ViT-S/16": dict(VIT_S),
+    "ViT-S/16": VIT_S,
     "ViT-S/16, lr 5e-4": dict(VIT_S, lr=5e-4),
     "ViT-S/16, lr 2e-3": dict(VIT_S, lr=2e-3),
-    "ViT teacher": dict(VIT_TEACHER),
+    "ViT teacher": VIT_TEACHER,
     "ViT teacher, pool mean": dict(VIT_TEACHER, pool="mean"),
     "ViT teacher, patch weight 0": dict(VIT_TEACHER, patch_weight=0.0),
     "ViT teacher, head linear": dict(VIT_TEACHER, head="linear"),
     "V = 1": dict(teacher_views=1),
     "V = 5": dict(teacher_views=5),
-    "64 px, patches of 16": dict(SMALL),
+    "64 px, patches of 16": dict(student_size=64, student_args="depth=4"),
     "32 px, patches of 4": dict(student_args="depth=4 patch_size=4"),
-    "conv net, head linear": dict(CONV),
+    "conv net, head linear": CONV,
     "conv net, head pca": dict(CONV, head="pca"),
     # what others do
     "queue KL, patch KL (v3)": dict(objective=QueueAndPatchKL, pool="mean"),
     "queue KL, patch KL (v3), lr 2e-3": dict(objective=QueueAndPatchKL, pool="mean", lr=2e-3),
     "queue KL, patch KL (v3), lr 5e-4": dict(objective=QueueAndPatchKL, pool="mean", lr=5e-4),
     # what went wrong: a teacher's grid (6 x 6) that is larger than the student's (4 x 4)
-    "naive: none of the mistakes": dict(NAIVE),
+    "naive: none of the mistakes": NAIVE,
     "naive: trained map on the teacher's side": dict(NAIVE, objective=TrainedMap),
     "naive: truncated patches": dict(NAIVE, objective=Truncated),
     "naive: mean MSE": dict(NAIVE, objective=MSE),
@@ -238,16 +236,15 @@ def table() -> str:
 
 def main(images: str, weights: str, *rows: str) -> None:
     done = {(run["row"], run["seed"]) for run in known()}
-    for name, settings in TEACHERS.items():
-        cfg = Config(**BASE | dict(teacher_weights=weights) | settings | dict(
-            dataset=held_out(images), max_samples=0))
-        if (name, 0) not in done and Path(cfg.teacher_weights).exists():
-            teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
-            add(dict(row=name, seed=0) | evaluation.Bench(cfg).row(name, teacher))
+    if ("teacher", 0) not in done:
+        cfg = Config(**BASE | dict(dataset=held_out(images), max_samples=0))
+        teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, weights)
+        add(dict(row="teacher", seed=0) | evaluation.Bench(cfg).row("teacher", teacher))
     rows = rows or [row for row, changes in ROWS.items()
                     if Path(changes.get("teacher_weights", HERE)).exists()]
     for seed in range(SEEDS):
-        for row, _, only in (row.partition("@") for row in rows):
+        for name in rows:
+            row, _, only = name.partition("@")
             if only in ("", str(seed)) and (row, seed) not in done:
                 add(one(row, seed, images, weights))
 
