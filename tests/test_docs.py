@@ -107,6 +107,7 @@ def test_settings_and_log_fields_that_the_pages_name_exist(home):
             assert flag in known or "#SBATCH" in page or "sbatch" in page, f"{name}: --{flag}"
 
 
+@pytest.mark.slow
 def test_similar_images_are_found(home):
     lines = alone(LOAD + block("recipes.md", "Similar images", 1), home, "-I").splitlines()
     cosines = [float(line.split()[0]) for line in lines]
@@ -114,12 +115,14 @@ def test_similar_images_are_found(home):
     assert len(lines) == 5 and cosines == sorted(cosines, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_student_is_fine_tuned(home):
     lines = alone(LOAD + block("recipes.md", "Fine-tuning"), home, "-I").splitlines()
     losses = [float(line.split()[-1]) for line in lines]
     assert len(losses) == 10 and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_student_is_exported_to_onnx(home):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
@@ -127,6 +130,7 @@ def test_the_student_is_exported_to_onnx(home):
     assert float(printed.splitlines()[-1]) < 1e-4
 
 
+@pytest.mark.slow
 def test_scikit_learn_classifies_its_features(home):
     pytest.importorskip("sklearn")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -139,6 +143,7 @@ def test_a_teacher_is_evaluated_at_several_sizes(tmp_path):
     assert "'model': '40 px'" in alone(code, tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_of_timm_are_saved_for_a_student(tmp_path):
     code = block("recipes.md", "Students").replace("pretrained=True", "pretrained=False")
     alone(code, tmp_path, "-I")

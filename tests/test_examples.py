@@ -11,6 +11,7 @@ from examples import figures
 from test_smoke import latest
 
 
+@pytest.mark.slow
 def test_pictures_of_a_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "QUICK_EVAL", (60, 30))
     monkeypatch.setattr(figures, "QUICK_EVAL", (60, 30))
