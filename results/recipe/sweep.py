@@ -179,6 +179,18 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective
     "naive: truncated patches": dict(NAIVE, objective=Truncated),
     "naive: mean MSE": dict(NAIVE, objective=MSE),
 }
+BESIDE = {  # first words of a row -> the row that the table compares it with, if not base
+    "ViT-S/16": "ViT-S/16",
+    "ViT teacher": "ViT teacher",
+    "40 epochs": "40 epochs, V = 4",
+    "conv net": "conv net, head linear",
+    "naive": "naive: none of the mistakes",
+    # these ran on a CPU
+    "base, on": "base, on a CPU",
+    "64 px": "base, on a CPU",
+    "32 px": "base, on a CPU",
+    "queue KL": "base, on a CPU",
+}
 
 # ---------------------------------------------------------------------------- a run
 
@@ -219,19 +231,28 @@ def known() -> list[dict]:
 
 
 def table() -> str:
-    """Means over seeds, and their standard deviations where there are several."""
-    lines = ["| row | seeds | k-NN | linear | similarity | minutes |", "|---" * 6 + "|"]
-    for name in dict.fromkeys([run["row"] for run in known()]):
-        runs = [run for run in known() if run["row"] == name]
-        cells = []
+    """Means over seeds ± standard deviations; differences to another row, taken seed by seed,
+    ± standard errors."""
+    runs = {(run["row"], run["seed"]): run for run in known()}
+    lines = ["| row | seeds | k-NN | linear | beside | k-NN | linear |", "|---" * 7 + "|"]
+    for name in dict.fromkeys(row for row, _ in runs):
+        seeds = [seed for row, seed in runs if row == name]
+        other = next((row for kind, row in BESIDE.items() if name.startswith(kind)), "base")
+        both = [seed for seed in seeds if (other, seed) in runs]
+        means, differences = [], []
         for key in ("knn20", "linear"):
-            values = [100 * run[key] for run in runs]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        cells.append(f"{statistics.mean(run['similarity'] for run in runs):.2f}")
-        minutes = statistics.mean(run.get("minutes", 0) for run in runs)
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {minutes:.0f} |")
+            means.append(mean([100 * runs[name, seed][key] for seed in seeds]))
+            differences.append(mean([100 * (runs[name, seed][key] - runs[other, seed][key])
+                                     for seed in both], len(both) ** 0.5))
+        lines.append(f"| {' | '.join([name, str(len(seeds)), *means, other, *differences])} |")
     return "\n".join(lines)
+
+
+def mean(values: list[float], root: float = 1) -> str:
+    """The mean, and the standard deviation divided by `root` if there are several."""
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / root:.1f}"
 
 
 def main(images: str, weights: str, *rows: str) -> None:
