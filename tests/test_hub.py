@@ -137,7 +137,8 @@ def test_cifar100_is_evaluated_by_its_fine_labels(tmp_path):
 
 @needs_shared
 def test_the_commands_of_the_missing_rows(tmp_path):
-    """Of results/dinov2, but on forty images, for one epoch, and one of them with evaluation."""
+    """Four of results/dinov2, which have each teacher with each student and each data set, but on
+    forty images, for one epoch, and one of them with evaluation."""
     repositories = [small_cifar(tmp_path / "cifar10", label=10),
                     small_cifar(tmp_path / "cifar100", fine_label=100, coarse_label=20)]
     for size in ("small", "base"):
@@ -150,7 +151,7 @@ def test_the_commands_of_the_missing_rows(tmp_path):
     commands = re.findall(r"^python (train.py .*)", page, re.M)
     assert len(commands) == 8
     with hub(*repositories) as endpoint:
-        for command in commands:
+        for command in [commands[0], commands[3], commands[5], commands[6]]:
             words = [*command.split(), "--epochs", "1"]
             evaluate = command == commands[0]
             assert words.count("--eval_at_end") == 1
