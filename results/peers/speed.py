@@ -39,7 +39,7 @@ TEACHER, STUDENT = "vit_small_patch14_dinov2", "vit_tiny_patch16_224"
 
 
 def seconds(folder: Path, sizes, job, name: str, epochs: int, views: int = VIEWS) -> float:
-    """CPU seconds of job(cfg), a run in a folder of its own."""
+    """CPU seconds of job(cfg), a run in a folder of its own. sizes: (teacher's, student's)."""
     name = f"{name}-{epochs}-{views}"
     cfg = Config(
         dataset=str(folder / "images"), teacher=TEACHER, teacher_size=sizes[0],

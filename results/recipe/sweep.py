@@ -179,17 +179,12 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective
     "naive: truncated patches": dict(NAIVE, objective=Truncated),
     "naive: mean MSE": dict(NAIVE, objective=MSE),
 }
-BESIDE = {  # first words of a row -> the row that the table compares it with, if not base
+BESIDE = {  # first words of a row -> the row that the table compares it with; others with base
     "ViT-S/16": "ViT-S/16",
     "ViT teacher": "ViT teacher",
     "40 epochs": "40 epochs, V = 4",
     "conv net": "conv net, head linear",
     "naive": "naive: none of the mistakes",
-    # these ran on a CPU
-    "base, on": "base, on a CPU",
-    "64 px": "base, on a CPU",
-    "32 px": "base, on a CPU",
-    "queue KL": "base, on a CPU",
 }
 
 # ---------------------------------------------------------------------------- a run
@@ -237,19 +232,21 @@ def table() -> str:
     lines = ["| row | seeds | k-NN | linear | beside | k-NN | linear |", "|---" * 7 + "|"]
     for name in dict.fromkeys(row for row, _ in runs):
         seeds = [seed for row, seed in runs if row == name]
-        other = next((row for kind, row in BESIDE.items() if name.startswith(kind)), "base")
+        base = "base, on a CPU" if runs[name, seeds[0]].get("device") == "cpu" else "base"
+        other = next((row for kind, row in BESIDE.items() if name.startswith(kind)), base)
         both = [seed for seed in seeds if (other, seed) in runs]
         means, differences = [], []
         for key in ("knn20", "linear"):
-            means.append(mean([100 * runs[name, seed][key] for seed in seeds]))
-            differences.append(mean([100 * (runs[name, seed][key] - runs[other, seed][key])
-                                     for seed in both], len(both) ** 0.5))
+            means.append(mean_and_spread([100 * runs[name, seed][key] for seed in seeds]))
+            differences.append(mean_and_spread(
+                [100 * (runs[name, seed][key] - runs[other, seed][key]) for seed in both],
+                len(both) ** 0.5))
         lines.append(f"| {' | '.join([name, str(len(seeds)), *means, other, *differences])} |")
     return "\n".join(lines)
 
 
-def mean(values: list[float], root: float = 1) -> str:
-    """The mean, and the standard deviation divided by `root` if there are several."""
+def mean_and_spread(values: list[float], root: float = 1) -> str:
+    """Mean ± standard deviation / root, as text; one value alone, or none, as it is."""
     if len(values) < 2:
         return "".join(f"{value:.1f}" for value in values)
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / root:.1f}"
