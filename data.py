@@ -1,346 +1,606 @@
 """Pixels: any image collection -> a uint8 store on disk -> batches and views.
 
-Orders and crops follow from (seed, epoch or view, image) alone, whatever the batches or processes.
-Axes: I images, B batch, T tokens, D width, S pixels of a stored image. A box is (x, y, w, h) in
-fractions of the image; a box of negative width is mirrored."""
+Part I is what every step needs: the order of an epoch, reading rows, crops, rendering, the format
+of cached targets. Part II runs once: it finds the images of a data set, decodes them into a store,
+and reads their labels for the evaluation.
 
+Orders and crops follow from (seed, epoch or view, image) alone, whatever the batches or processes.
+Axes: I images, B batch, T tokens, D width, S pixels of a stored image."""
+
+import errno
 import glob
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections import deque
+import unicodedata
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import lru_cache, partial
+from contextlib import contextmanager, suppress
+from functools import partial
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pandas
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from config import DATASETS, UserError, from_hub, log, reason, slug, write_atomically
+from config import DATASETS, UserError, from_hub, log, printable, reason, slug, write_atomically
 
 progress = partial(tqdm, leave=False, delay=2)  # a bar, after two seconds
-STORE_FORMAT = 6  # raise it when decoding changes: older stores are then not found
 CHUNK = 64  # images that are decoded or embedded at once
-ORDER, VIEW = range(2)  # keep the random numbers of epochs and views apart
-THREADS = 8  # that decode and read
-LABEL_COLUMNS = "label", "fine_label", "cls"
-FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # of Pillow's; EPS runs programs
-SPLITS = dict(train=["train", "training"],  # what a split may be called, the first that is there
-              test=["test", "testing", "validation", "valid", "val", "dev"])
+THREADS = min(32, os.cpu_count() or 8)  # that decode and read
+SUBSET, ORDER, VIEW, STEP, HELD_OUT = range(1, 6)  # keep uses of random numbers apart
 
-class NoSplit(UserError):
-    """The data set exists, but has no such split."""
+# ================================================================ I. every step
 
-def read_ahead(function, arguments):
-    """Yield function(*each) for each of `arguments`, in order; threads work a few ahead."""
+
+def subset(rows, count, use=SUBSET):
+    """`count` random ones of `rows` (0 = all), in order, for one use the same every time."""
+    order = np.random.default_rng([use]).permutation(rows)
+    return np.sort(order[: count or None])
+
+
+def epoch_order(count, seed, epoch):
+    """The rows of an epoch, int64 [I]: a permutation of range(count) from (seed, epoch)."""
+    return np.random.default_rng([ORDER, seed, epoch]).permutation(count)
+
+
+def batches(order, batch_size, rank=0, world=1):
+    """A process's share: int64 [batches, batch_size / world]; the last is filled from the front."""
+    count = math.ceil(len(order) / batch_size)
+    return np.resize(order, (count, world, batch_size // world))[:, rank]
+
+
+def chunks(rows):
+    """Rows int64 [n] -> a list of parts of CHUNK rows; the last may be shorter."""
+    return np.split(rows, range(CHUNK, len(rows), CHUNK))
+
+
+def read_ahead(function, arguments, ahead):
+    """Yield function(argument) for each of `arguments`, in order; threads work `ahead` of them."""
     with ThreadPoolExecutor(THREADS) as pool:
         pending = deque()
-        for each in arguments:
-            pending.append(pool.submit(function, *each))
-            if len(pending) > THREADS:
+        for argument in arguments:
+            pending.append(pool.submit(function, argument))
+            if len(pending) > ahead:
                 yield pending.popleft().result()
         for future in pending:
             yield future.result()
 
-def chunks(rows):
-    return np.split(rows, range(CHUNK, len(rows), CHUNK))
 
-def make_once(path, make):
-    """Unless `path` exists, make(temporary path) a file or folder; other processes wait for it."""
-    if path.exists():  # without a lock, as the disk may be read-only
-        return
-    with FileLock(f"{path}.lock"):  # also makes the folders around it
-        if not path.exists():
-            write_atomically(path, make)
+class Rows:
+    """An array [I, ...] of bytes in a file, on a GPU that has room for it also in its memory.
+    `rows[index]` is a tensor of some rows, on the CPU while they are in the file. A memory map is
+    ten times slower from a cold disk (results/first_version/cpu.txt)."""
 
-def check_space(folder, need, advice):
-    """Raise UserError where a disk has less space than is needed."""
-    if need > shutil.disk_usage(folder).free:
-        raise UserError(f"{need / 1e9:.1f} GB do not fit into {folder}: see --cache_dir, {advice}")
+    def __init__(self, path, dtype, shape):
+        self.path, self.dtype, self.shape = path, dtype, shape
+        self.nbytes = math.prod(shape)
+        self.file = open(path, "rb", buffering=0)
+        self.resident = None
+        size = path.stat().st_size
+        if size != self.nbytes:
+            raise UserError(f"{path} has {size} bytes, not {self.nbytes}: delete {path.parent}")
 
-def list_files(folder):
-    """Relative name -> size of a data set's files: its images, or all files if it has tables or no
-    images. Links are followed, hidden files are left out."""
-    folder, names = Path(folder), sorted(glob.glob("**", root_dir=folder, recursive=True))
-    files = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
-    images = {name: size for name, size in files.items() if is_image(name)}
-    has_tables = any(name.endswith((".parquet", ".arrow")) for name in files)
-    return images if images and not has_tables else files
+    def __getitem__(self, index):
+        if self.resident is not None:
+            return self.resident[to_device(torch.from_numpy(index), self.resident.device)]
+        shape = len(index), *self.shape[1:]
+        out = torch.empty(shape, dtype=self.dtype, pin_memory=torch.cuda.is_initialized())
+        length = self.nbytes // self.shape[0]
+        for row, place in zip(index.tolist(), out.flatten(1).numpy(), strict=True):
+            if os.preadv(self.file.fileno(), [place], row * length) != length:
+                raise UserError(f"{self.path} was cut short while it was read")
+        return out
+
+    def move(self, device):
+        """Keep all rows in a device's memory from now on."""
+        content = torch.from_file(str(self.path), size=self.nbytes, dtype=self.dtype)
+        self.resident = content.view(self.shape).to(device)
+
+
+def read(parts, device, *arrays):
+    """Yield (index int64 [B], some rows of each array) for each index of `parts`. The index stays
+    on the CPU, the rows are on the device; those of files are read ahead."""
+    def read_part(index):
+        return torch.from_numpy(index), *(array[index] for array in arrays)
+
+    on_disk = any(array.resident is None for array in arrays)
+    found = read_ahead(read_part, parts, 8) if on_disk else map(read_part, parts)
+    for index, *rows in found:
+        yield index, *(to_device(some, device) for some in rows)
+
+
+def to_device(tensor, device):
+    """Move to a device; for CUDA by way of pinned memory, so that nothing waits for the copy."""
+    if device.type == "cpu" or tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def uniform(index, count, *key):
+    """`count` random numbers in [0, 1) for each image: float32 [B, count].
+    index: int64 [B]. A pure function of key (integers) and image: each image takes its part of one
+    SplitMix64 sequence (Steele et al. 2014), which the key starts, so nothing is drawn in order."""
+    start = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    place = np.asarray(index, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype="u8")
+    x = start + (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return torch.from_numpy((x >> np.uint64(40)).astype(np.float32) / 2**24)
+
+
+def view_crops(index, seed, view, crop_scale):
+    """View `view` of some images: a random crop and flip of each.
+
+    index: int64 [B], the images' rows in the store.
+    Returns boxes float32 [B, 4], (x, y, w, h) in fractions of the image, and flips bool [B]. The
+    area is uniform from crop_scale to 1, the aspect ratio log-uniform from 3/4 to 4/3; sides are
+    clipped to the image; half of the views are mirrored. A pure function of (seed, view, image)."""
+    area, ratio, x, y, side = uniform(index, 5, VIEW, seed, view).unbind(1)
+    area = crop_scale + (1 - crop_scale) * area
+    ratio = (4 / 3) ** (2 * ratio - 1)
+    w = (area * ratio).sqrt().clamp(max=1)
+    h = (area / ratio).sqrt().clamp(max=1)
+    boxes = torch.stack([x * (1 - w), y * (1 - h), w, h], 1)
+    return boxes, side < 0.5
+
+
+def render(images, size, boxes=None, flips=None):
+    """Cut boxes out of stored images and resize them.
+
+    images: uint8 [B, 3, S, S]. boxes: float [B, 4], None for whole images. flips: bool [B].
+    Returns float32 [B, 3, size, size] in [0, 1]. Bicubic with anti-aliasing, as PIL's
+    `resize(box=...)`; it is separable, so two matrix products per image do it."""
+    if boxes is None:
+        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    x, y, w, h = to_device(boxes, images.device).unbind(1)
+    across = resize_matrix(x, w, size, images.shape[-1])
+    down = resize_matrix(y, h, size, images.shape[-1])
+    if flips is not None:
+        flips = to_device(flips, images.device)[:, None, None]
+        across = torch.where(flips, across.flip(1), across)
+    with torch.autocast(images.device.type, enabled=False):
+        pixels = images.float() / 255
+        return torch.einsum("biy, bcyx, bjx -> bcij", down, pixels, across).clamp_(0, 1)
+
+
+def resize_matrix(start, length, size, stored):
+    """start, length [B] -> weights [B, size, stored] of the stored pixels (Keys 1981, a = -0.5)."""
+    steps = (torch.arange(size, device=start.device) + 0.5) / size
+    centre = (start[:, None] + length[:, None] * steps) * stored
+    width = (length * stored / size).clamp(min=1)  # > 1 when shrinking: anti-aliasing
+    source = torch.arange(stored, device=start.device) + 0.5
+    d = (source - centre[..., None]).abs() / width[:, None, None]
+    near = (1.5 * d - 2.5) * d * d + 1
+    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
+    weights = torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def quantise(targets):
+    """Targets float32 [B, T, D] -> int8 [B, T, D + 2]: at the end of a token its float16 scale."""
+    scale = (targets.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-6).half()
+    values = (targets / scale.float()).round().clamp(-127, 127).to(torch.int8)
+    return torch.cat([values, scale.view(torch.int8)], -1)
+
+
+def dequantise(quantised):
+    """int8 [B, T, D + 2] -> float32 [B, T, D], with a cosine above 0.9995 to what was quantised."""
+    scale = quantised[..., -2:].contiguous().view(torch.float16)
+    return quantised[..., :-2].float() * scale.float()
+
+
+# ================================================================ II. once: a data set -> a store
+
+STORE_FORMAT = 7  # raise it when decoding changes: older stores are then not found
+LABEL_COLUMNS = "label", "fine_label", "cls"
+FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # of Pillow's; EPS runs programs
+READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet files, what "
+        "save_to_disk wrote, the Hub; for others see docs/recipes.md, Your own data")
+TRAIN = "train", "training"  # what a split may be called: the first one that is there
+TEST = "test", "testing", "validation", "valid", "val", "dev"
+NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
+
+
+class NoSplit(UserError):
+    """The data set exists, but has no such split."""
+
+
+class Files:
+    """A split of a folder of images. classes: relative name -> class or None."""
+
+    def __init__(self, folder, classes):
+        self.names, self.classes = list(classes), list(classes.values())
+        files = [os.stat(f"{folder}/{name}") for name in self.names]
+        self.key = [(name, file.st_size, file.st_mtime_ns)
+                    for name, file in zip(self.names, files, strict=True)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def cells(self, rows):
+        """What `open_image` takes, for each of some rows."""
+        return [dict(path=self.names[row]) for row in rows]
+
+    def labels(self, column):
+        """The class name of each image, or None where it has none."""
+        return self.classes
+
+
+class Table:
+    """A split of tables: a `datasets.Dataset` with an image column, which is not decoded."""
+
+    def __init__(self, part, image_column):
+        images = [name for name, kind in part.features.items() if isinstance(kind, datasets.Image)]
+        images = [image_column] if image_column else images
+        if len(images) != 1 or images[0] not in part.features:
+            raise UserError(f"not one image column among {', '.join(part.features)}: "
+                            f"set --image_column; {READ}")
+        self.part = part
+        self.images = part.select_columns(images).rename_columns({images[0]: "image"})
+        self.images = self.images.cast_column("image", datasets.Image(decode=False))
+        files = [Path(file["filename"]) for file in part.cache_files]
+        times = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        self.key = [image_column, times, part._fingerprint]  # which rows, or the content in memory
+
+    def __len__(self):
+        return len(self.images)
+
+    def cells(self, rows):
+        return self.images[rows]["image"]
+
+    def labels(self, column):
+        kinds = self.part.features
+        known = [name for name in LABEL_COLUMNS if name in kinds]
+        known += [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+        column = column or (known or [""])[0]
+        if not isinstance(kinds.get(column), (datasets.Value, datasets.ClassLabel)):
+            return None
+        values = self.part.select_columns(column).with_format("arrow")[:][column]
+        return [class_name(kinds[column], value) for value in values.to_pylist()]
+
+
+def class_name(kind, value):
+    """A cell of a label column as text, the same for a class in whatever form a split has it;
+    None for NULL, NaN, -1 and empty text."""
+    if value is None or value != value or value in (-1, ""):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # some tools make floats of integers that have gaps
+    if isinstance(kind, datasets.ClassLabel):
+        value = kind.int2str(value)
+    return unicodedata.normalize("NFC", str(value))
+
 
 def is_image(name):
-    return Image.registered_extensions().get(Path(name).suffix.lower()) in FORMATS
+    kind = Image.registered_extensions().get(Path(name).suffix.lower())
+    return kind in FORMATS and "@eaDir" not in name  # thumbnails of a Synology disk
 
-def image_splits(names):
-    """Relative names of image files, as train/cat/1.jpg -> split -> name -> class, or None.
-    Top folders are splits if all of them, or two of them, are named as in SPLITS. The next folder
-    is the class. The split of images beside split folders is ""."""
+
+def list_files(folder, skipped=(), above=()):
+    """Yield the relative names of all files below a folder, in order. Links are followed, but not
+    in a circle; what begins with a dot is left out, and so are the folders of `skipped`."""
+    real = os.path.realpath(folder)
+    if real in above or real in skipped:
+        return
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if os.path.isfile(entry.path):
+            yield entry.name
+        elif os.path.isdir(entry.path):
+            for name in list_files(entry.path, skipped, (*above, real)):
+                yield f"{entry.name}/{name}"
+
+
+def split_names(folders):
+    """Names of folders -> {folder: split}, or {} if they are no splits. They are if each is called
+    like one, or if there are one for training and one for tests. Words that all names have do not
+    count, as in seg_train and seg_test."""
+    words = {folder: re.findall(r"[^\W\d_]+", folder.lower()) for folder in folders}
+    shared = set.intersection(*map(set, words.values())) if words else set()
+    for ignored in (set(), shared):
+        names = {folder: "_".join(word for word in some if word not in ignored)
+                 for folder, some in words.items()}
+        found = {*names.values()}
+        if found and found <= {*TRAIN, *TEST} or found & {*TRAIN} and found & {*TEST}:
+            return names
+    return {}
+
+
+def folder_splits(names):
+    """Relative names of files, as train/cat/1.jpg -> split -> name -> class or None. Splits are
+    the folders of the first level or, as in cat/train/1.jpg, of the second; the class is the first
+    other folder. Files beside split folders are in the split ""."""
     root = os.path.commonpath([os.path.dirname(name) for name in names])
     folders = {name: Path(name).relative_to(root).parts[:-1] for name in names}
-    tops = {path[0].lower() for path in folders.values() if path}
-    known = tops.intersection(SPLITS["train"] + SPLITS["test"])
-    has_splits = len(known) > 1 or (known and known == tops)
+    for level in (0, 1):
+        known = split_names({path[level] for path in folders.values() if len(path) > level})
+        if known:
+            break
+    below = {}  # split folder -> the folders in it
+    for path in folders.values():
+        below.setdefault(path[level : level + 1], set()).update(path[level + 1 : level + 2])
     splits = {}
     for name, path in folders.items():
         split = "train"
-        if has_splits:
-            split, path = "".join(path[:1]).lower(), path[1:]
+        if known:
+            here = path[level : level + 1]
+            split = known[path[level]] if here else ""
+            levels = 2 if below[here] == {*here} else 1  # of train/train/cat, of train/cat
+            path = path[:level] + path[level + levels :]
         splits.setdefault(split, {})[name] = path[0] if path else None
     return splits
 
-def load_folder(folder, names):
-    """Split -> `datasets.Dataset` of a folder of images; logs how the folder was understood."""
-    kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
-    tables = {}
-    for split, files in image_splits(names).items():
-        images, labels = list(files), list(files.values())
-        log.info(f"{folder}, split {split!r}: {len(images)} images, such as {images[0]}; "
-                 f"{len({*labels} - {None})} classes, {labels.count(None)} images of none")
-        tables[split] = datasets.Dataset.from_dict(dict(image=images, label=labels), kinds)
-    return tables
 
-def load_splits(cfg):
-    """Split -> `datasets.Dataset`, of any data set. Raises UserError: not found, no network."""
-    if cfg.dataset == "shapes":
-        from demo.shapes import shapes
-        return shapes()
-    if cfg.dataset in DATASETS or not Path(cfg.dataset).is_dir():
-        name = DATASETS.get(cfg.dataset, cfg.dataset)
-        return from_hub(f"the dataset {name}", f"--dataset FOLDER ({cfg.dataset} is none)",
-                        datasets.load_dataset, name, cfg.dataset_config or None)
-    folder, files = os.path.realpath(cfg.dataset), list_files(cfg.dataset)
-    if "dataset_dict.json" in files:
-        return datasets.load_from_disk(folder)
-    if "state.json" in files:
-        return dict(train=datasets.load_from_disk(folder))
-    if files and all(map(is_image, files)):
-        return load_folder(folder, files)
-    return datasets.load_dataset(folder)
+def open_folder(cfg):
+    """A local folder -> split -> `Files` or `datasets.Dataset`, and the names of files that are
+    left out. Of images and parquet files it holds what takes more of the disk."""
+    folder = os.path.abspath(cfg.dataset)
+    skipped = {os.path.realpath(path) for path in (cfg.cache_dir, cfg.run_path)}
+    names = list(list_files(folder, skipped))
+    if "dataset_dict.json" in names or "state.json" in names:
+        return open_saved(folder), []
+    images = [name for name in names if is_image(name)]
+    tables = [name for name in names if name.endswith(".parquet")]
+    used = max(images, tables, key=lambda some: sum(os.stat(f"{folder}/{n}").st_size for n in some))
+    has_configs = "README.md" in names and "config_name:" in Path(folder, "README.md").read_text()
+    if has_configs or not used:
+        return datasets.load_dataset(folder, cfg.dataset_config or None), []
+    if used is images:
+        splits = {split: Files(folder, some) for split, some in folder_splits(images).items()}
+    else:  # not left to `datasets`, which takes train_station.parquet for a split
+        # As if train-0-of-2.parquet were a file in a folder `train`.
+        stems = {re.sub(r"(-\d+-of-\d+)?\.parquet$", f"/{name}", name): name for name in tables}
+        files = {split: [glob.escape(f"{folder}/{stems[stem]}") for stem in some]
+                 for split, some in folder_splits(list(stems)).items()}
+        splits = datasets.load_dataset("parquet", data_files=files)
+    return splits, {*names} - {*used}
+
+
+def open_saved(folder):
+    """What `save_to_disk` wrote -> split -> `datasets.Dataset`. Raises UserError where its lists
+    name what is no file in it."""
+    def own(*names):
+        path = Path(os.path.abspath(os.path.join(folder, *names)))
+        if not (path.is_relative_to(folder) and path.is_file()):
+            raise UserError(f"{folder}: no file {printable(os.path.join(*names))} in it")
+        return path
+
+    has_splits = os.path.exists(f"{folder}/dataset_dict.json")
+    parts = json.loads(own("dataset_dict.json").read_text())["splits"] if has_splits else [""]
+    for part in parts:
+        own(part, "dataset_info.json")
+        for file in json.loads(own(part, "state.json").read_text())["_data_files"]:
+            own(part, file["filename"])
+    splits = datasets.load_from_disk(folder)
+    return splits if has_splits else dict(train=splits)
+
+
+def open_splits(cfg):
+    """A data set -> split -> `datasets.Dataset` or `Files`, the files that are left out, and its
+    folder or "". A named one may be a function that returns split -> `datasets.Dataset`, or -> an
+    object with the methods of `Table` (demo/shapes.py). Raises UserError: not found, no network."""
+    named = DATASETS.get(cfg.dataset)
+    try:
+        if callable(named):
+            return named(), [], "/"  # the user's own code may name any file
+        if not named and Path(cfg.dataset).is_dir():
+            return *open_folder(cfg), cfg.dataset
+        name, _, revision = (named or cfg.dataset).partition("@")
+        splits = from_hub(f"the dataset {name}", f"--dataset FOLDER ({name} is none)",
+                          datasets.load_dataset, name, cfg.dataset_config or None,
+                          revision=revision or None)
+        return splits, [], ""
+    except UserError:
+        raise
+    except Exception as error:  # `datasets` and what it stands on raise what they like
+        raise UserError(
+            f"cannot read the dataset {cfg.dataset}: {reason(error)}; {READ}") from error
+
 
 def open_source(cfg, split):
-    """One split -> (its name, `datasets.Dataset` of undecoded images, labels int64 [I]).
-    Raises UserError: not found, no network, no such split, no or several image columns."""
-    splits = load_splits(cfg)
-    found = [name for name in SPLITS.get(split, [split]) if name in splits]
+    """A split of a data set: an object with the methods of `Table`, and attributes split; notes, a
+    line on what was found; folders: the first is what paths in cells are relative to, "" where the
+    program runs; the others are where alone they may lead.
+    Raises UserError as `open_splits`; no such split; no or several image columns."""
+    splits, left_out, folder = open_splits(cfg)
+    words = next((words for words in (TRAIN, TEST) if split == words[0]), [split])
+    found = [word for word in words if word in splits]
     if not found:
         raise NoSplit(f"{cfg.dataset} has no split {split!r}, only {', '.join(splits)}")
-    split, columns = found[0], splits[found[0]].features
-    images = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
-    images = [cfg.image_column] if cfg.image_column else images
-    if len(images) != 1:
-        raise UserError(f"not one image column among {', '.join(columns)}: set --image_column")
-    labels = [name for name in LABEL_COLUMNS if name in columns]
-    labels += [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
-    source = splits[split].select_columns(images).rename_columns({images[0]: "image"})
-    source = source.cast_column("image", datasets.Image(decode=False))
-    return split, source, read_labels(splits, split, cfg.label_column or (labels or [""])[0])
+    source = splits[found[0]]
+    if isinstance(source, datasets.Dataset):
+        source = Table(source, cfg.image_column)
+    source.split = found[0]
+    counts = ", ".join(f"{len(part)} of {name or 'no split'}" for name, part in splits.items())
+    source.notes = f"images: {counts}"
+    if isinstance(source, Files):
+        source.notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
+    if left_out:
+        kinds = (Path(name).suffix or "without extension" for name in left_out)
+        source.notes += f"; other files, left out: {commonest(kinds)}"
+    source.notes = printable(source.notes)
+    trusted = [HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE)]
+    if folder:
+        trusted.append(folder)
+    source.folders = [folder, *map(os.path.abspath, trusted), *map(os.path.realpath, trusted)]
+    return source
 
-def read_labels(splits, split, column):
-    """Classes int64 [I], numbered alike in all splits; -1 for NULL, NaN, -1, or a single class."""
-    kind = splits[split].features.get(column)
-    if not isinstance(kind, (datasets.Value, datasets.ClassLabel)):
-        return np.full(len(splits[split]), -1)
-    values = pandas.concat({name: part.select_columns(column).to_pandas()[column]
-                            for name, part in splits.items() if column in part.features})
-    numbers, classes = pandas.factorize(values.where(values != -1), sort=True)
-    if len(classes) < 2:
-        numbers[:] = -1
-    return numbers[values.index.get_level_values(0) == split]
+
+def commonest(names):
+    """'3 cat, 2 dog': what there is most of."""
+    return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common(6))
+
 
 def open_image(cell, folders):
     """A cell of a source, {"bytes", "path"} or None, as a PIL image that is not decoded yet.
-    A path counts only inside of `folders`: a stranger's data may name any file."""
+    folders: of the source. A stranger's data may name any file, so a path has to lead there."""
     cell = cell or {}
     if cell.get("bytes") is not None:  # then the path is only a name
         return Image.open(BytesIO(cell["bytes"]), formats=FORMATS)
     if not cell.get("path"):
-        raise ValueError("no image")
-    path = os.path.abspath(os.path.join(folders[0], cell["path"]))
-    if not any(Path(path).is_relative_to(folder) for folder in folders):
-        raise ValueError("a file outside the data set's folder")
+        raise UserError("no image")
+    base, *trusted = folders
+    path = os.path.abspath(os.path.join(base, cell["path"]))
+    if not any(Path(path).is_relative_to(folder) for folder in trusted):
+        raise UserError("a file outside the data set's folder")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError("no regular file")
     return Image.open(path, formats=FORMATS)
+
 
 def decode(cell, size, folders=("",)):
     """A cell -> uint8 [3, size, size]: upright RGB, short side resized, centre-cropped."""
     image = open_image(cell, folders)
-    if image.mode[0] in "IF":
-        raise ValueError("pixels of more than 8 bits, which PIL would clip at 255")
+    # Colours of 16 bits are RGB;16B in PNG and TIFF, and have a largest value in PPM; BGR;16 of BMP
+    # has 5, 6 and 5 bits.
+    if image.mode[0] in "IF" or re.search(r"[^R];16|'RGB', \d{4}", str(image.tile)):
+        raise UserError("pixels of more than 8 bits, which would lose their contrast")
     image.draft("RGB", (size, size))  # JPEG: decode at 1/2, 1/4, 1/8 where that suffices
     with suppress(Exception):  # a broken EXIF block is no reason to lose the pixels
         ImageOps.exif_transpose(image, in_place=True)
     image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
-def decode_chunk(cells, size, folders):
-    """Cells -> an image each, or in its place the reason why there is none."""
-    decoded = []
-    for cell in cells:
-        try:
-            decoded.append(decode(cell, size, folders))
-        except Exception as error:  # PIL raises nearly anything on hostile bytes
-            why = reason(error).split(" <_io")[0]  # PIL appends the address of a BytesIO
-            decoded.append(f"{(cell or {}).get('path')}: {why}")
-    return decoded
 
-class RowFile:
-    """An array [I, ...] of bytes in a file: `file[rows]` is a tensor of some rows, in any thread.
-    A memory map is ten times slower from a cold disk (results/first_version/cpu.txt)."""
-    def __init__(self, path, dtype, shape):
-        self.path, self.dtype, self.shape = path, dtype, shape
-        self.file, self.nbytes = open(path, "rb", buffering=0), math.prod(shape)
-        if (size := path.stat().st_size) != self.nbytes:
-            raise UserError(f"{path} has {size} bytes, not {self.nbytes}: delete {path.parent}")
+def try_decode(cell, size, folders):
+    """A cell -> an image, or the reason why there is none. Raises UserError for what may pass, such
+    as a disk that is away: the store would lack the image for good."""
+    try:
+        return decode(cell, size, folders)
+    except Exception as error:  # PIL raises nearly anything on hostile bytes
+        why = re.sub(r":? (<_io|'/).*", "", reason(error))  # PIL appends an address or the path
+        text = f"{printable((cell or {}).get('path'))}: {why}"
+        number = getattr(error, "errno", None)
+        lasting = number in NOT_THERE and "bytes" in cell  # of a table; a listed file was there
+        if isinstance(error, MemoryError) or number and not lasting:
+            raise UserError(f"cannot read {text}; nothing was left out, try again") from error
+        return text
 
-    def __getitem__(self, rows):
-        file, n = self.file.fileno(), self.nbytes // self.shape[0]
-        content = bytearray().join([os.pread(file, n, row * n) for row in rows.tolist()])
-        return torch.frombuffer(content, dtype=self.dtype).view(-1, *self.shape[1:])
 
-    def to(self, device):
-        """All of it as a tensor on a device."""
-        content = torch.from_file(str(self.path), size=self.nbytes, dtype=self.dtype)
-        return content.view(self.shape).to(device)
+@contextmanager
+def locked(path, wait=True):
+    """Hold the lock `path`; says so if another process has it, or raises UserError unless it may
+    wait. A disk that knows no locks does without."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=5 if wait else 0)
+    except Timeout:
+        if not wait:
+            raise UserError(f"another process holds {path}") from None
+        log.info(f"waiting for {path}, which another process holds")
+        lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        log.warning(f"{path}: no lock ({reason(error)}): run one process at a time")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make_once(path, make):
+    """Unless `path` exists, make(temporary path) a file or folder; other processes wait for it."""
+    if path.exists():  # without a lock, as the disk may be read-only
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(f"{path}.lock"):
+        if not path.exists():
+            write_atomically(path, make)
+
+
+def check_space(folder, need, advice):
+    """Raise UserError where a disk has less space than is needed."""
+    if need > shutil.disk_usage(folder).free:
+        raise UserError(f"{need / 1e9:.1f} GB do not fit into {folder}: see --cache_dir, {advice}")
+
 
 class Store:
-    """Decoded images in a folder: images `uint8 [I, 3, S, S]`, labels `int64 [I]`, -1 for none."""
-    def __init__(self, path):
+    """Decoded images in a folder: `images` uint8 [I, 3, S, S]; fingerprint, a digest of them;
+    summary, a line on what is used and what is left out. Labels are the source's as it is now."""
+
+    def __init__(self, path, source):
         info = json.loads((path / "info.json").read_text())
-        self.split, self.size = info["split"], info["size"]
-        self.labels, self.fingerprint = np.array(info["labels"]), path.name[-12:]
-        shape = len(self), 3, self.size, self.size
-        self.images = RowFile(path / "images.u8", torch.uint8, shape)
+        self.source, self.split, self.size = source, source.split, info["size"]
+        self.fingerprint = info["fingerprint"]
+        self.summary = f"{source.notes}; {info['note']}"
+        self.rows = np.fromfile(path / "rows.i64", np.int64)  # of the images in their source
+        self.images = Rows(path / "images.u8", torch.uint8, (len(self), 3, self.size, self.size))
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.rows)
+
+    def labels(self, column=""):
+        """The class name of each image, or None: an array of objects [I]."""
+        names = self.source.labels(column) or [None] * len(self.source)
+        return np.array(names, dtype=object)[self.rows]
+
+    def names(self, rows):
+        """The file name, or else the row in the source, of some images."""
+        rows = self.rows[rows].tolist()
+        paths = [(cell or {}).get("path") for cell in self.source.cells(rows)]
+        return [printable(path or row) for path, row in zip(paths, rows, strict=True)]
+
 
 def open_store(cfg, split, max_samples=0):
-    """The store of one split, built first if it is not there yet. Its folder is named by a hash of
-    what determines the pixels: a Hub data set's name, or the names and sizes of a folder's files.
+    """The store of one split, built first if it is not there yet. It is found by the names, sizes
+    and times of the source's files; it is known by a digest of its pixels, which names the caches
+    of targets and says whether a run goes on with the same images.
     Raises UserError as `open_source`."""
-    content = cfg.dataset
-    if content == "shapes":
-        from demo.shapes import drawing
-        content = drawing()
-    elif content not in DATASETS and Path(content).is_dir():
-        content = list_files(content)
-    largest = max(cfg.teacher_size, cfg.student_size)  # what the networks see
-    what = [STORE_FORMAT, split, largest, max_samples, cfg.dataset_config, cfg.image_column]
-    fingerprint = hashlib.sha256(json.dumps([*what, content]).encode()).hexdigest()[:12]
-    names = slug(cfg.dataset), slug(split), slug(cfg.label_column), fingerprint
-    path = Path(cfg.cache_dir) / "stores" / "-".join(names)
-    make_once(path, partial(build_store, cfg, split, max_samples, largest))
+    source = open_source(cfg, split)
+    size = max(cfg.teacher_size, cfg.student_size)  # what the networks see
+    key = json.dumps([STORE_FORMAT, size, max_samples, source.split, source.key])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    path = Path(cfg.cache_dir, "stores", f"{slug(cfg.dataset)}-{slug(source.split)}-{digest}")
+    make_once(path, partial(build_store, source, max_samples, size))
     try:
-        return Store(path)
+        return Store(path, source)
     except Exception as error:
         raise UserError(f"{path} is damaged ({reason(error)}): delete it") from error
 
-def build_store(cfg, split, max_samples, size, path):
-    """Decode a split into a folder, at `size` or the median of 64 short sides if that is less."""
-    try:
-        split, source, labels = open_source(cfg, split)
-    except UserError:
-        raise
-    except Exception as error:  # `datasets` and what it stands on raise what they like
-        raise UserError(f"cannot read the dataset {cfg.dataset}: {reason(error)}") from error
-    folders = [os.path.abspath(cfg.dataset), os.path.realpath(cfg.dataset), HF_HUB_CACHE,
-               str(datasets.config.HF_DATASETS_CACHE)]
-    rows, sides = subset(np.arange(len(source)), max_samples), []
-    for cell in source[subset(rows, 64)]["image"]:
+
+def build_store(source, max_samples, size, path):
+    """Decode a source into a folder, at `size` or the median of 64 short sides if that is less."""
+    rows = subset(np.arange(len(source)), max_samples)
+    sides = []
+    for cell in source.cells(subset(rows, 64).tolist()):
         with suppress(Exception):  # counted and reported below
-            sides.append(min(open_image(cell, folders).size))
+            sides.append(min(open_image(cell, source.folders).size))
     size = min(size, int(np.median(sides or size)))
     shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed
     check_space(path.parent, 3 * size**2 * len(rows), "--max_samples")
     path.mkdir()
-    parts, kept, bad = progress(chunks(rows), "decoding"), [], []
-    decoded = read_ahead(decode_chunk, ((source[part]["image"], size, folders) for part in parts))
+    parts = progress(chunks(rows), "decoding images")
+    cells = chain.from_iterable(source.cells(part.tolist()) for part in parts)
+    decoded = read_ahead(partial(try_decode, size=size, folders=source.folders), cells, CHUNK)
+    digest, kept, bad = hashlib.sha256(), [], []
     with open(path / "images.u8", "wb") as file:
-        for row, image in zip(rows.tolist(), chain.from_iterable(decoded), strict=True):
+        for row, image in zip(rows.tolist(), decoded, strict=True):
             if isinstance(image, str):
                 bad.append((row, image))
             else:
                 kept.append(row)
+                digest.update(image)
                 file.write(image)
         os.fsync(file.fileno())
     if not kept:
-        raise UserError(f"dataset {cfg.dataset} {split} has no image that can be read {bad[:1]}")
-    info = dict(split=split, size=size, labels=labels[kept].tolist(), unreadable=bad)
-    (path / "info.json").write_text(json.dumps(info))
+        raise UserError(f"no image of {source.split} can be read {[text for _, text in bad[:1]]}; "
+                        f"{READ}")
+    np.array(kept).tofile(path / "rows.i64")
+    note = f"{len(kept)} of {len(source)} are used"
     if bad:
-        log.warning(f"{len(bad)} of {len(rows)} images cannot be read, such as {bad[0]}")
-
-def subset(rows, count):
-    """`count` random ones of `rows` (0 = all), in order, the same every time."""
-    order = np.random.default_rng(0).permutation(rows)
-    return np.sort(order[: count or None])
-
-def epoch_order(count, seed, epoch):
-    """The rows of an epoch, int64 [I]: a permutation of range(count) from (seed, epoch)."""
-    return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
-
-def batch_rows(order, batch_size, rank=0, world=1):
-    """A process's share: int64 [batches, batch_size / world]; the last is filled from the front."""
-    batches = -(-len(order) // batch_size)
-    return np.resize(order, (batches, world, batch_size // world))[:, rank]
-
-@lru_cache(2)
-def view_boxes(seed, view, count, crop_scale):
-    """View `view` of every image: a random crop and flip, boxes float32 [I, 4]. The area is uniform
-    from crop_scale to 1, the aspect ratio from 3/4 to 4/3, sides are clipped to the image, half of
-    the boxes are mirrored. Row i does not depend on the number of images."""
-    random = np.random.default_rng([seed, VIEW, view]).random((count, 5), np.float32)
-    area, ratio, x, y, side = torch.from_numpy(random).unbind(1)
-    area, ratio = crop_scale + (1 - crop_scale) * area, (4 / 3) ** (2 * ratio - 1)
-    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    x, y, mirrored = x * (1 - w), y * (1 - h), side < 0.5
-    return torch.stack([torch.where(mirrored, x + w, x), y, torch.where(mirrored, -w, w), h], 1)
-
-def render(images, boxes, size):
-    """Cut boxes out of stored images and resize them: float32 [B, 3, size, size] in [0, 1].
-    images: uint8 [B, 3, S, S]. boxes: float [B, 4], None for whole images. Bicubic with
-    anti-aliasing, as PIL's `resize(box=...)`; separable, so two matrix products per image do it."""
-    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]) if boxes is None else boxes
-    x, y, w, h = to_device(boxes, images.device).unbind(1)
-    across = resize_matrix(x, w, size, images.shape[-1])
-    down = resize_matrix(y, h, size, images.shape[-1])
-    with torch.autocast(images.device.type, enabled=False):
-        pixels = images.float() / 255
-        return torch.einsum("biy, bcyx, bjx -> bcij", down, pixels, across).clamp_(0, 1)
-
-def resize_matrix(start, length, size, stored):
-    """start, length [B] -> weights [B, size, stored] of the stored pixels (Keys 1981, a = -0.5)."""
-    steps = (torch.arange(size, device=start.device) + 0.5) / size
-    centre = (start[:, None] + length[:, None] * steps) * stored
-    width = (length.abs() * stored / size).clamp(min=1)  # > 1 when shrinking: anti-aliasing
-    source = torch.arange(stored, device=start.device) + 0.5
-    d = (source - centre[..., None]).abs() / width[:, None, None]
-    near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
-    weights = torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
-    return weights / weights.sum(-1, keepdim=True)
-
-def to_device(tensor, device):
-    """Move to a device; for CUDA by way of pinned memory, so that nothing waits for the copy."""
-    if tensor is None or device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-def quantise(targets):
-    """Targets float32 [B, T, D] -> codes int8 [B, T, D + 2], at the end a token's float16 scale."""
-    scale = (targets.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-6).half()
-    codes = (targets / scale.float()).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat([codes, scale.view(torch.int8)], -1)
-
-def dequantise(codes):
-    """Codes -> float32 [B, T, D], with a cosine above 0.9995 to targets as networks output them."""
-    scale = codes[..., -2:].contiguous().view(torch.float16)
-    return codes[..., :-2].float() * scale.float()
+        examples = ", ".join(text for _, text in bad[:3])
+        note += f", {len(bad)} images cannot be read, such as {examples}"
+    info = dict(split=source.split, size=size, fingerprint=f"{digest.hexdigest()[:12]}-{size}",
+                note=note, unreadable=bad[:1000])
+    (path / "info.json").write_text(json.dumps(info))

@@ -1,13 +1,20 @@
 """Evaluate checkpoints: accuracy of k-NN and linear probe, beside teacher and untrained student.
 
-    python eval.py runs/x/checkpoint_latest.pth
-    python eval.py runs/x/checkpoint_epoch_{10,20,50}.pth                  # a row each
-    python eval.py runs/x/checkpoint_latest.pth --eval_dataset owner/name  # on other data
+    python eval.py runs/x                                   # its latest checkpoint
+    python eval.py runs/x/checkpoint_epoch_{10,20,50}.pth   # a row each
+    python eval.py runs/x --dataset owner/name              # on other data
+    python eval.py runs/x --save_features features          # also write embeddings and labels
 
 Embeddings of whole images are classified by k-NN (DINO, Caron et al. 2021) and a linear probe
 (DINOv2's logistic regression). Axes: I training images, Q test images, D width."""
 
+from config import Config, EvalConfig, UserError, cli, printable, slug, validate
+
+# isort: split
+# config comes before torch: it sets how torch's threads wait.
+import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from timeit import timeit
@@ -16,63 +23,72 @@ import numpy as np
 import pandas
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model as models
-from config import Config, EvalConfig, UserError, cli, slug, validate
 
 TEMPERATURE = 0.07  # of k-NN votes, as in DINO
 K = 20  # neighbours
 STRENGTHS = [10.0**e for e in range(-5, 3)]  # C of the probe, smallest first
 HOLDOUT = 10  # C is chosen on one training image of so many
 COMPARED = 1024  # test images on which student and teacher are compared directly
-COLUMNS = dict(  # of the table: key of a row -> format
-    model="{}", knn20="{:.1%}", linear="{:.1%}", keeps_knn20="{:.1%}", keeps_linear="{:.1%}",
-    cos_cls="{:.3f}", cos_patch="{:.3f}", similarity="{:.3f}", params_m="{:.2f}", gflops="{:.3f}",
-    images_per_s="{:.0f}")
+COLUMNS = [  # of the table: key of a row, title, format
+    ("model", "model", "{}"), ("knn20", "k-NN", "{:.1%}"), ("linear", "linear", "{:.1%}"),
+    ("keeps_knn20", "keeps k-NN", "{:.1%}"), ("keeps_linear", "keeps linear", "{:.1%}"),
+    ("params_m", "M parameters", "{:.2f}"), ("images_per_s", "images/s", "{:.0f}")]
+
 
 def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int = K) -> Tensor:
     """Weighted k-NN on the cosine, with votes exp(cos / 0.07): predicted labels int64 [Q].
-    train [I, D], labels int64 [I] >= 0, queries [Q, D]; float32. Predicts as scikit-learn does:
-    the k nearest are the best in float32 of the 2 k nearest in bf16, if the hardware has it."""
-    train, k, classes = F.normalize(train.float(), dim=1), min(k, len(train)), int(labels.max()) + 1
-    dtype, predicted = models.pick_dtype("auto", train.device), []
-    rough = (train - train.mean(0)).to(dtype)  # centred: the same order, in fewer bits
+    train [I, D], labels int64 [I] >= 0, queries [Q, D]. The cosines are one float32 product."""
+    train = F.normalize(train.float(), dim=1)
+    classes, predicted = int(labels.max()) + 1, []
     for some in F.normalize(queries.float(), dim=1).split(512):
-        near = (some.to(dtype) @ rough.T).topk(min(2 * k, len(train))).indices  # [B, 2 k]
-        cos, best = (train[near] @ some[..., None]).squeeze(2).topk(k)
+        cos, near = (some @ train.T).topk(min(k, len(train)))
         weights = ((cos - 1) / TEMPERATURE).exp()  # minus 1: the same order, without overflow
         votes = weights.new_zeros(len(some), classes)
-        votes.scatter_add_(1, labels[near.gather(1, best)], weights)
+        votes.scatter_add_(1, labels[near], weights)
         predicted.append(votes.argmax(1))
     return torch.cat(predicted)
+
 
 def fit_probe(x, y, C, w, tolerance=1e-5):
     """Multinomial logistic regression: weights and bias [classes, D + 1], the bias last.
     x: float [I, D], standardised. Minimises mean cross-entropy + |W|^2 / (2 C I), without a penalty
     on the bias, as scikit-learn's LogisticRegression(C): by full-batch L-BFGS from w, until no
     entry of the gradient is above tolerance."""
+    if len(w) == 2:
+        C = C / 2  # of two classes scikit-learn has one vector, the difference of these
     w = w.to(x, copy=True).requires_grad_()
     optimiser = torch.optim.LBFGS([w], max_iter=1000, tolerance_grad=tolerance,
                                   tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        loss = F.cross_entropy(F.linear(x, w[:, :-1], w[:, -1]), y)
-        loss = loss + w[:, :-1].square().sum() / (2 * C * len(x))
+        loss = w[:, :-1].square().sum() / (2 * C * len(x))
         loss.backward()
-        return loss
+        total = loss.detach()
+        for some, labels in zip(x.split(8192), y.split(8192), strict=True):  # bounds the memory
+            scores = F.linear(some, w[:, :-1], w[:, -1])
+            loss = F.cross_entropy(scores, labels, reduction="sum") / len(x)
+            loss.backward()
+            total += loss.detach()
+        return total
 
     optimiser.step(closure)
     return w.detach()
 
+
 def probe_predict(w, features):
     return F.linear(features, w[:, :-1], w[:, -1]).argmax(1)
 
+
 def accuracy(predicted, labels):
     return float((predicted == labels).double().mean())
+
 
 def linear_probe(train, labels, test):
     """Standardise, choose C on a tenth of train, refit on all of it -> (predictions int64, C).
@@ -80,7 +96,8 @@ def linear_probe(train, labels, test):
     mean, std = train.double().mean(0), train.double().std(0, correction=0).clamp_min(1e-8)
     train, test = (train - mean) / std, (test - mean) / std
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train))).to(train.device)
-    held, rest = order.tensor_split([len(order) // HOLDOUT])  # none of nine: the smallest C
+    # Below ten images none is held out: all scores are NaN, and max takes the first, smallest C.
+    held, rest = order.tensor_split([len(order) // HOLDOUT])
     w = train.new_zeros(int(labels.max()) + 1, train.shape[1] + 1)
     scores = {}
     for C in STRENGTHS:
@@ -91,43 +108,62 @@ def linear_probe(train, labels, test):
     C = max(scores, key=scores.get)
     return probe_predict(fit_probe(train, labels, C, w), test), C
 
-class Bench:
+
+class Evaluator:
     """Training and test images of cfg.eval_dataset, else of the training data, to evaluate on.
+
     Without a test split a tenth of the training images is held out of k-NN and probe. Images
-    without a label are left out, unless a split has no labels at all: then none is classified."""
+    without a label are left out, unless a split has no labels at all: then none is classified.
+    Classes are compared by name, as splits may number them differently."""
+
     def __init__(self, cfg, max_train=0, max_test=0):
-        if cfg.eval_dataset:  # the settings replaced here are those of the training data
-            cfg = replace(cfg, dataset=cfg.eval_dataset, dataset_config=cfg.eval_config,
-                          image_column=cfg.eval_column, train_split="train", max_samples=0)
-        self.dataset, self.device = cfg.dataset, models.pick_device(cfg.device)
+        cfg = on_dataset(cfg, cfg.eval_dataset)
+        self.cfg, self.device = cfg, models.pick_device(cfg.device)
         dtype = models.pick_dtype(cfg.precision, self.device)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-        self.train = data.open_store(cfg, cfg.eval_split or cfg.train_split, cfg.max_samples)
-        train_rows = np.arange(len(self.train))
+        self.train = data.open_store(cfg, cfg.train_split, cfg.max_samples)
         try:
             self.test = data.open_store(cfg, cfg.test_split or "test")
         except data.NoSplit:
             if cfg.test_split:
                 raise
             self.test = self.train
-        test_rows = np.arange(len(self.test))
+        train_rows, test_rows = np.arange(len(self.train)), np.arange(len(self.test))
         if self.test.split == self.train.split:
-            self.test = self.train
             print("no other split: a tenth of the training images is held out of k-NN and probe")
-            test_rows = data.subset(train_rows, -(-len(train_rows) // 10))
+            self.test = self.train
+            test_rows = data.subset(train_rows, math.ceil(len(train_rows) / 10), data.HELD_OUT)
             train_rows = np.setdiff1d(train_rows, test_rows)
-        self.train_rows, self.y = with_labels(self.train, train_rows, max_train)
-        self.test_rows, self.y_test = with_labels(self.test, test_rows, max_test)
-        self.labelled = bool(self.y.min() >= 0 and self.y_test.min() >= 0)
-        if cfg.label_column and not self.labelled:
-            raise UserError(f"--label_column {cfg.label_column}: no labels there in both splits")
+        labels = self.train.labels(cfg.label_column)
+        labels_test = self.test.labels(cfg.label_column)
+        self.train_rows = with_labels(labels, train_rows, max_train)
+        self.test_rows = with_labels(labels_test, test_rows, max_test)
+        names, names_test = labels[self.train_rows], labels_test[self.test_rows]
+        self.classes = sorted({*names, *names_test} - {None})
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.y = torch.tensor([numbers.get(name, -1) for name in names])
+        self.y_test = torch.tensor([numbers.get(name, -1) for name in names_test])
+        problem = why_not_classified(labels, {*names} - {None}, {*names_test} - {None})
+        self.labelled = not problem
+        if problem and cfg.label_column:
+            raise UserError(f"--label_column {cfg.label_column}: no labels there in both splits "
+                            f"({problem})")
+        if problem:
+            print(f"no k-NN, no probe: {problem}")
+
+    def stated(self):
+        """What was evaluated on, for eval.json."""
+        return dict(dataset=self.cfg.dataset, train_split=self.train.split,
+                    test_split=self.test.split, train_images=len(self.y),
+                    test_images=len(self.y_test), label_column=self.cfg.label_column,
+                    images=[self.train.fingerprint, self.test.fingerprint])
 
     def embed(self, backbone, store, rows):
         """Yield whole stored images uint8 [B, 3, S, S] on the device, and their Features."""
-        for some in data.progress(data.chunks(rows), "features"):
-            images = store.images[some].to(self.device)
+        parts = data.progress(data.chunks(rows), "embedding images")
+        for _, images in data.read(parts, self.device, store.images):
             with torch.inference_mode(), self.autocast:
-                features = backbone(data.render(images, None, backbone.image_size))
+                features = backbone(data.render(images, backbone.image_size))
             yield images, features
 
     def features(self, backbone):
@@ -150,20 +186,19 @@ class Bench:
 
     @torch.inference_mode()
     def compare(self, saved, cfg, student, teacher):
-        """Mean cosine of predictions and targets on test images; {} for forks, other teachers."""
-        same = dict(objective="Distiller", teacher_hash=teacher.fingerprint,
-                    teacher_size=teacher.image_size)
-        if not same.items() <= saved["fixed"].items():
+        """Mean cosine of predictions and targets on test images; {} for forks."""
+        if saved["identity"]["objective"] != "Distiller":
             return {}
-        objective, found = models.Distiller(student, teacher, cfg).eval().to(self.device), []
-        objective.load_state_dict(saved["objective"])
+        distiller = models.Distiller(student, teacher, cfg).eval().to(self.device)
+        distiller.load_state_dict(saved["objective"])
+        found = []
         rows = data.subset(self.test_rows, COMPARED)
         for images, features in self.embed(teacher, self.test, rows):
-            pixels = data.render(images, None, student.image_size)
             with self.autocast:
-                found.append(objective(pixels, objective.targets(features))[1])
-        return {name: float(torch.stack([stats[name] for stats in found]).mean())
-                for name in found[0] if name.startswith("cos_")}
+                target = distiller.targets(features)
+                found.append(distiller(data.render(images, student.image_size), target)[1])
+        return {f"cos_{name}": 1 - float(torch.stack([stats[name] for stats in found]).mean())
+                for name in ("cls", "patch")}
 
     @torch.inference_mode()
     def speed(self, backbone):
@@ -175,51 +210,127 @@ class Bench:
             seconds = timeit(lambda: backbone(images).cls.sum().item(), number=8)
         return dict(images_per_s=8 * 64 / seconds, gflops=flops.get_total_flops() / 64e9)
 
-    def row(self, name, backbone):
+    def row(self, name, backbone, folder=""):
+        """A row of the table. With a folder also its train.safetensors and test.safetensors:
+        embeddings float32 [I, D], labels int64 [I], -1 for none; the metadata has the names of
+        classes and images, as JSON."""
+        train, test = self.features(backbone)
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            for split, embeddings, y, store, rows in (
+                    ("train", train, self.y, self.train, self.train_rows),
+                    ("test", test, self.y_test, self.test, self.test_rows)):
+                names = dict(images=json.dumps(store.names(rows)), classes=json.dumps(self.classes))
+                save_file(dict(embeddings=embeddings, labels=y),
+                          Path(folder, f"{split}.safetensors"), names)
         row = dict(model=name, params_m=backbone.parameter_count / 1e6, size=backbone.image_size)
-        return row | self.evaluate(*self.features(backbone)) | self.speed(backbone)
+        return row | self.evaluate(train, test) | self.speed(backbone)
 
-def with_labels(store, rows, count):
-    """Those of `rows` that have a label, or all if none has; `count` of them, and their labels."""
-    found = rows[store.labels[rows] >= 0]
-    rows = data.subset(found if len(found) else rows, count)
-    return rows, torch.from_numpy(store.labels[rows])
 
-def load(path, overrides):
-    """A checkpoint, and its Config with some settings replaced. Raises UserError."""
-    saved, cfg = models.load_checkpoint(path)
+def with_labels(labels, rows, count):
+    """`count` of those `rows` that have a label; of all if none has."""
+    found = rows[[label is not None for label in labels[rows]]]
+    return data.subset(found if len(found) else rows, count)
+
+
+def why_not_classified(labels, learned, asked):
+    """Why test images cannot be classified, or "". Says which of their classes are unknown.
+    labels: of the whole training split; learned, asked: the classes of what is used."""
+    names = {*labels} - {None}
+    if len(names) > max(50, len(labels) / 2):
+        return f"{len(names)} labels of {len(labels)} images are no classes; see --label_column"
+    unknown = sorted(map(printable, asked - learned))[:5]
+    if len(learned | asked) < 2 or not learned & asked:
+        return (f"no two classes that both splits have; the test split has {unknown}, the training "
+                f"split {sorted(map(printable, learned - asked))[:5]}; see --label_column, "
+                "--test_split")
+    if unknown:
+        print(f"test images of {unknown} count as mistakes: no training image is called so")
+    return ""
+
+
+def on_dataset(cfg, dataset):
+    """A Config for another data set, if there is one, without what describes the training data."""
+    if not dataset:
+        return cfg
+    return replace(cfg, dataset=dataset, eval_dataset="", dataset_config="", image_column="",
+                   train_split="train", max_samples=0)
+
+
+def with_settings(args, cfg):
+    """The Config of a checkpoint with what eval.py was given in its place. Raises UserError."""
     if not Path(cfg.cache_dir, "stores").is_dir():  # a stranger's file does not choose new places
         cfg = replace(cfg, cache_dir=Config.cache_dir)
-    cfg = replace(cfg, **overrides | dict(student_weights=""))
-    return saved, validate(cfg, data=[cfg.eval_dataset or cfg.dataset])
+    cfg = on_dataset(cfg, args.dataset or cfg.eval_dataset)
+    if args.dataset:
+        cfg = replace(cfg, label_column="", test_split="")
+    given = {name: value for name, value in vars(args).items() if value and hasattr(cfg, name)}
+    cfg = replace(cfg, **given)
+    return validate(cfg, data=[cfg.dataset])
 
-def main(args):
-    """Rows of checkpoints, the first one's teacher and untrained student; also in eval.json."""
-    loaded = [load(path, args.overrides) for path in args.checkpoints]
-    cfg = loaded[0][1]
-    bench, rows, teacher = Bench(cfg, args.max_train, args.max_test), [], None
-    students = [models.student_of(own, saved["student"]) for saved, own in loaded]  # fails early
-    print(f"{bench.dataset}: {len(bench.y)} training, {len(bench.y_test)} test images", flush=True)
-    if not bench.labelled:
-        print("no labels in one of the splits: no k-NN, no probe (--label_column, --test_split)")
-    if args.baselines:
-        teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
-        rows.append(bench.row(f"teacher {cfg.teacher}", teacher))
-        rows.append(bench.row("student, untrained", models.student_of(cfg)))
-    for path, (saved, own), student in zip(args.checkpoints, loaded, students, strict=True):
-        row = bench.row(f"{Path(path).parent.name}, epoch {saved['epoch']:g}", student)
-        if teacher:
-            row |= {f"keeps_{name}": row[name] / rows[0][name] for name in ("knn20", "linear")
-                    if rows[0].get(name)}
-            row |= bench.compare(saved, own, student, teacher)
-        row |= dict(checkpoint=path, step=saved["step"])
-        rows.append(row | models.environment(bench.device))
-    formats = {key: text.format for key, text in COLUMNS.items()}
-    table = pandas.DataFrame(rows).filter(COLUMNS)
-    print(table.to_string(index=False, na_rep="", formatters=formats))
-    name = f"eval-{slug(bench.dataset)}.json" if cfg.eval_dataset else "eval.json"
-    Path(args.checkpoints[0]).with_name(name).write_text(json.dumps(rows, indent=1) + "\n")
+
+def main(args, cfg=None):
+    """Rows of teachers, untrained students and checkpoints; also in eval.json. cfg: in place of a
+    checkpoint's own, of a run whose data have moved since. Raises UserError."""
+    if args.save_features and len(args.checkpoints) > 1:
+        raise UserError("--save_features takes one checkpoint")
+    loaded = [models.load_checkpoint(path) for path in args.checkpoints]
+    settings = [with_settings(args, cfg or own) for _, own in loaded]
+    largest = max(max(own.teacher_size, own.student_size) for own in settings)
+    evaluator = Evaluator(replace(settings[0], teacher_size=largest), args.max_train, args.max_test)
+    print(f"{evaluator.cfg.dataset}: {len(evaluator.y)} training, {len(evaluator.y_test)} test "
+          f"images ({evaluator.train.summary})", flush=True)
+    rows = {}  # each teacher and untrained student once
+    for (saved, _), own in zip(loaded, settings, strict=True):
+        student = models.build_student(own, saved["student"])
+        if args.baselines:
+            teacher = load_same_teacher(saved, own)
+            best = teacher.fingerprint, own.teacher_size
+            if best not in rows:
+                rows[best] = evaluator.row(f"teacher {own.teacher}", teacher)
+            untrained = own.student, own.student_args, own.student_size, own.pool, own.seed
+            if untrained not in rows:
+                fresh = models.build_student(replace(own, student_weights=""))
+                rows[untrained] = evaluator.row("student, untrained", fresh)
+        path = saved["path"]
+        name = f"{printable(path.resolve().parent.name)}, epoch {saved['epoch']:g}"
+        row = evaluator.row(name, student, args.save_features)
+        if args.baselines:
+            row |= {f"keeps_{key}": row[key] / rows[best][key] for key in ("knn20", "linear")
+                    if rows[best].get(key)}
+            row |= evaluator.compare(saved, own, student, teacher)
+        rows[path] = row | dict(checkpoint=str(path), step=saved["step"])
+    rows = list(rows.values())
+    for row in rows:
+        row |= evaluator.stated() | models.environment(evaluator.device)
+    write(args, loaded[0][0]["path"], rows)
     return rows
+
+
+def load_same_teacher(saved, cfg):
+    """The teacher of a checkpoint. Raises UserError where another one has its name now."""
+    teacher = models.load_teacher(cfg)
+    if teacher.fingerprint != saved["identity"]["teacher"]:
+        raise UserError(f"{cfg.teacher} has other weights now than in the run: --teacher_weights, "
+                        "import the fork that registers it, or --no_baselines")
+    return teacher
+
+
+def write(args, checkpoint, rows):
+    """Write the rows beside the checkpoint, and print the table. Only the plain evaluation of a
+    run's last checkpoint is eval.json: no other one overwrites it."""
+    asked = replace(args, cache_dir="", device="", precision="", teacher_weights="",
+                    save_features="")
+    name = "eval.json"
+    if checkpoint.name != "checkpoint_latest.pth" or asked != EvalConfig(args.checkpoints[:1]):
+        digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:6]
+        name = f"eval-{slug(rows[0]['dataset'])}-{digest}.json"
+    checkpoint.with_name(name).write_text(json.dumps(rows, indent=1) + "\n")
+    table = [{title: form.format(row[key]) for key, title, form in COLUMNS if key in row}
+             for row in rows]
+    table = pandas.DataFrame(table, columns=[title for _, title, _ in COLUMNS])
+    print(table.dropna(axis=1, how="all").fillna("").to_string(index=False))
+
 
 if __name__ == "__main__":
     cli(main, EvalConfig)

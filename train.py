@@ -9,14 +9,21 @@ view out of each image of a batch, embeds it with the student, and pulls the stu
 towards the teacher's. The same command continues an interrupted run, to the same weights. Writes
 config.json, train.log, metrics.jsonl, checkpoints, and student.safetensors, which timm loads."""
 
+from config import Config, EvalConfig, UserError, cli, log, reason, validate, write_atomically
+
+# isort: split
+# config comes before torch: it sets how torch's threads wait.
+import gc
 import hashlib
 import json
 import logging
 import math
 import os
+import random
 import signal
 import sys
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,21 +32,298 @@ from time import monotonic, time_ns
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch.nn.utils import clip_grad_norm_
 
 import data
 import eval as evaluation
 import model as models
-from config import Config, EvalConfig, UserError, cli, log, reason, validate, write_atomically
 
-STAT_IMAGES = 4096  # images on which the heads' means and axes are measured
+FIT_IMAGES = 4096  # on which the heads' means and axes are measured
 SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 BACKENDS = dict(cpu="gloo", cuda="cpu:gloo,cuda:nccl")  # of several processes; see `must_stop`
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
+
+
+def main(cfg: Config, objective=models.Distiller) -> dict:
+    """Train; returns the last metrics, with eval_at_end also the evaluation's rows.
+    Raises UserError for what the user can fix, SystemExit(128 + signal) when stopped."""
+    validate(cfg, data=[cfg.dataset, cfg.eval_dataset or cfg.dataset])
+    with processes(cfg) as (rank, world, device), ExitStack() as stack:
+        # ------------------------------------------------------------ networks and images
+        saved = find_checkpoint(cfg, rank, world)  # None: a new run
+        student = models.build_student(cfg, saved and saved["student"])  # before a download
+        teacher = models.load_teacher(cfg).to(device)
+        store = data.open_store(cfg, cfg.train_split, cfg.max_samples)
+        distiller = objective(student.train(), teacher, cfg).to(device)  # student, heads and loss
+        steps_per_epoch = math.ceil(len(store) / cfg.batch_size)
+
+        # ------------------------------------------------------------ optimiser and precision
+        groups = distiller.parameter_groups(cfg.weight_decay)
+        optimiser = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+        dtype = models.pick_dtype(cfg.precision, device)
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+        # ------------------------------------------------------------ what the two networks see
+        def cut(stored, view, index, size):
+            """Stored images uint8 [B, 3, S, S] -> their view `view`: [B, 3, size, size]."""
+            boxes, flips = data.view_crops(index, cfg.seed, view, cfg.crop_scale)
+            images = data.render(stored, size, boxes, flips)
+            return distiller.shared_view(images, view, index)
+
+        @torch.inference_mode()
+        def teach(teacher, stored, view, index):
+            """The teacher's Features of the same view, at its own size."""
+            images = cut(stored, view, index, cfg.teacher_size)
+            with autocast:
+                return distiller.embed(teacher, images)
+
+        # ------------------------------------------------------------ continue a run, or begin one
+        identity = dict(objective=objective.__qualname__,
+                        images=store.fingerprint, teacher=teacher.fingerprint)
+        check_agreement(cfg, saved, identity, dtype, world)
+        journal = Journal(cfg, saved, rank, world, device)
+        journal.header(store, teacher, student, dtype, steps_per_epoch, saved)
+        parts = dict(objective=distiller, optimiser=optimiser, scaler=scaler)  # of a checkpoint
+        if saved:
+            for name, part in parts.items():
+                if saved[name]:  # the scaler's is empty but in fp16
+                    part.load_state_dict(saved[name])
+        else:  # measure the mean and the principal axes of what the teacher outputs
+            rows = data.epoch_order(len(store), cfg.seed, 0)[:FIT_IMAGES]
+            distiller.fit(sample_features(distiller, partial(teach, teacher), store, rows, device))
+            broadcast(distiller, world)  # the same bits everywhere, as they name the cache
+        step = saved["step"] if saved else 0
+        compile_networks(cfg, distiller, teacher, device)
+
+        # ------------------------------------------------------------ the teacher embeds each view
+        targets = []
+        if cfg.teacher_views and step < cfg.epochs * steps_per_epoch:
+            key = store.fingerprint, teacher.fingerprint, dtype
+            embed = partial(teach, teacher)
+            targets = cache_targets(cfg, distiller, embed, key, store, device, rank, world)
+            teacher = embed = None  # it leaves: its targets are read from now on
+            use_gpu_memory(device, store.images, *targets)
+
+        # ------------------------------------------------------------ training
+        evaluator = evaluation.Evaluator(cfg, *QUICK_EVAL) if cfg.eval_every and not rank else None
+        received = stack.enter_context(stop_signals())  # before this, Ctrl-C ends it at once
+        journal.start()
+        for epoch in range(step // steps_per_epoch, cfg.epochs):
+            view = epoch % len(targets) if targets else epoch
+            arrays = [store.images, targets[view]] if targets else [store.images]
+            order = data.epoch_order(len(store), cfg.seed, epoch)
+            share = data.batches(order, cfg.batch_size, rank, world)
+            share = share[step % steps_per_epoch :]  # of an epoch that was interrupted
+            for index, stored, *cached in data.read(share, device, *arrays):
+                seed_everything(cfg.seed, step, rank)  # a continued run repeats dropout and masks
+                if cached:
+                    target = data.dequantise(cached[0])  # float32 [B, 1 + N, D]
+                else:
+                    target = distiller.targets(teach(teacher, stored, view, index))
+                images = cut(stored, view, index, cfg.student_size)
+                images = distiller.student_view(images, epoch, index)
+                rate = learning_rate(step, steps_per_epoch, cfg)
+                for group in optimiser.param_groups:
+                    group["lr"] = rate * group.get("lr_scale", 1)
+                distiller.zero_grad()
+                with autocast:
+                    loss, stats = distiller(images, target)
+                scaler.scale(loss).backward()
+                average_gradients(distiller, world)
+                scaler.unscale_(optimiser)
+                norm = clip_grad_norm_(distiller.parameters(), cfg.grad_clip or math.inf)
+                scaler.step(optimiser)
+                scaler.update()
+                distiller.after_step(step)
+                journal.add(loss=loss, **stats, norm=norm)  # stays on the device
+                step += 1
+                stopping = must_stop(received, step, steps_per_epoch, world)
+                if stopping or step % cfg.log_every == 0 or step % steps_per_epoch == 0:
+                    line = journal.average(step, steps_per_epoch, rate, scaler)  # the host waits
+                    if rank == 0:
+                        journal.write(line, evaluator, distiller.evaluated)
+                        journal.save(line, stopping, identity, distiller, parts)
+                if stopping:
+                    leave(cfg, step, received, world)
+        if rank == 0:
+            export(cfg, distiller.evaluated)
+        barrier(world)  # all leave together, after rank 0 has written
+    log.info(f"done. Evaluate with: python eval.py {cfg.run_path}")
+    last = journal.history[-1]
+    if cfg.eval_at_end and rank == 0:
+        last |= dict(eval=evaluation.main(EvalConfig((str(cfg.run_path),)), cfg))
+    return last
+
+
+# ================================================================ before the loop
+
+
+def find_checkpoint(cfg, rank, world):
+    """The checkpoint that the run continues from, as rank 0 has it, or None for a new run.
+    Raises UserError where settings have changed that may not."""
+    latest, saved = cfg.run_path / "checkpoint_latest.pth", None
+    if rank == 0 and cfg.resume and latest.exists():
+        saved, before = models.load_checkpoint(latest)
+        refuse_changes(f"{cfg.run_path} holds a run with other settings; see --run_dir and "
+                       "--no_resume", before.fixed_settings(), cfg.fixed_settings())
+        if saved["epoch"] > cfg.epochs:
+            raise UserError(f"--epochs {cfg.epochs}: the run in {cfg.run_path} has already had "
+                            f"{saved['epoch']:g}")
+    return from_rank_0(saved, world)
+
+
+def check_agreement(cfg, saved, identity, dtype, world):
+    """Raise UserError if the run to be continued is of other images, another teacher or objective,
+    or if the processes differ in these, in settings or in precision."""
+    if saved:
+        refuse_changes(f"{cfg.run_path} holds a run of other images (by their decoded pixels), "
+                       "another teacher or objective; see --run_dir and --no_resume",
+                       saved["identity"], identity)
+    own = identity | cfg.fixed_settings()
+    own |= dict(dtype=str(dtype), epochs=cfg.epochs, log_every=cfg.log_every)
+    refuse_changes("all processes need the same command, images and hardware; of the first",
+                   from_rank_0(own, world), own)
+
+
+def refuse_changes(message, before, now):
+    """Raise UserError with the settings that differ, if any do."""
+    changed = [f"\n  - {name}: {before.get(name)!r}, now {value!r}"
+               for name, value in now.items() if before.get(name) != value]
+    if changed:
+        raise UserError(message + "".join(changed))
+
+
+def from_rank_0(value, world):
+    """What rank 0 has, on all processes."""
+    shared = [value]
+    if world > 1:
+        dist.broadcast_object_list(shared, 0)
+    return shared[0]
+
+
+def sample_features(distiller, embed, store, rows, device):
+    """The teacher's Features of some images, with a few places of each: float32, all at once."""
+    generator = torch.Generator().manual_seed(0)
+    sampled = []
+    parts = data.progress(data.chunks(rows), "the teacher's mean and axes")
+    for index, stored in data.read(parts, device, store.images):
+        features = distiller.on_student_grid(embed(stored, 0, index))
+        sampled.append(models.some_places(features, generator))
+    fields = [torch.cat(parts) for parts in zip(*sampled, strict=True)]
+    if not all(field.isfinite().all() for field in fields):
+        raise UserError("the teacher outputs NaN or infinity: check its weights, or --precision "
+                        "fp32")
+    return type(features)(*fields)
+
+
+def broadcast(module, world):
+    """Give all processes rank 0's parameters and buffers."""
+    if world > 1:
+        for value in module.state_dict().values():
+            dist.broadcast(value, 0)
+
+
+def compile_networks(cfg, distiller, teacher, device):
+    """torch.compile in place, so that names stay plain; eager where nothing can compile. On CUDA
+    the student's step becomes CUDA graphs (results/first_version/h100.txt)."""
+    cuda = device.type == "cuda"
+    if cfg.compile == "off" or cfg.compile == "auto" and not cuda:
+        return
+    try:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # or a fork's hooks get lost
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except Exception as error:  # no compiler, no Triton, an old GPU
+        log.warning(f"not compiled: {reason(error)}")
+        return
+    distiller.compile(mode="reduce-overhead" if cuda else None)
+    if hasattr(teacher.net, "cls_token"):  # a ViT, whose blocks are alike and compile once
+        for block in getattr(teacher.net, "blocks", []):
+            block.compile(dynamic=False)
+
+
+# ================================================================ the cache of targets
+
+
+def cache_targets(cfg, distiller, embed, key, store, device, rank, world):
+    """The targets of each view, filled unless an earlier run has done it: a list of `data.Rows`,
+    int8 [I, T, D + 2]. key: the images, the teacher and the precision. Raises UserError if those of
+    the first or the last view are not what the code computes now, token by token."""
+    size = min(data.CHUNK * (4 if device.type == "cuda" else 1), cfg.batch_size)
+    parts = data.batches(np.arange(len(store)), size)  # of one size, for torch.compile
+
+    def compute(view, parts):
+        for index, stored in data.read(parts, device, store.images):
+            yield distiller.targets(embed(stored, view, index))
+
+    def fill(view, path):
+        title = f"targets of view {view + 1} of {len(files)}"
+        with open(path, "wb") as file:
+            for targets in data.progress(compute(view, parts), title, len(parts)):
+                file.write(data.quantise(targets).cpu().numpy())
+            file.truncate(math.prod(shape))  # the first images filled up the last part
+
+    count = min(cfg.teacher_views, cfg.epochs)
+    expected = {view: next(compute(view, parts[:1])).cpu() for view in {0, count - 1}}
+    shape = len(store), expected[0].shape[1], expected[0].shape[2] + 2
+    folder = cache_folder(cfg, distiller, [*key, shape])
+    files = [folder / f"view_{view}.i8" for view in range(count)]
+    need = math.prod(shape) * sum(not file.exists() for file in files)
+    log.info(f"targets   {folder}: {need / 1e9:.2f} GB to be filled")
+    data.check_space(cfg.cache_dir, need, "--teacher_views")
+    for view, target in expected.items():  # before others are filled beside them
+        if files[view].exists():
+            cached = data.dequantise(data.Rows(files[view], torch.int8, shape)[parts[0]])
+            error = (cached - target).square().sum((0, 2))
+            if (error > 0.02 * target.square().sum((0, 2))).any():  # a cosine below 0.99
+                raise UserError(f"{folder} holds targets of other code: set --cache_dir, or delete "
+                                "it")
+    for view in np.roll(range(count), -(count * rank // world)):  # processes begin with others
+        data.make_once(files[view], partial(fill, view))
+    return [data.Rows(file, torch.int8, shape) for file in files]
+
+
+def cache_folder(cfg, distiller, key):
+    """The folder of cached targets: its name is a hash of what determines them."""
+    methods = "embed", "shared_view", "on_student_grid", "targets"
+    key += [getattr(distiller, name).__qualname__ for name in methods]
+    key += [cfg.seed, cfg.teacher_size, cfg.crop_scale]
+    heads = hashlib.sha256()
+    for head in distiller.modules():
+        if isinstance(head, models.Head):
+            for value in head.buffers():
+                heads.update(value.cpu().numpy().tobytes())
+    name = hashlib.sha256(str(key).encode()).hexdigest()[:12]
+    folder = Path(cfg.cache_dir, "targets", f"{name}-{heads.hexdigest()[:6]}")
+    if not folder.exists() and list(folder.parent.glob(f"{name}-*")):
+        log.info("targets   of the same images and teacher are there for other heads: another "
+                 "machine or number of threads measures other last digits")
+    return folder
+
+
+def use_gpu_memory(device, *arrays):
+    """On a GPU, move the arrays to its memory if they fit beside what a step takes."""
+    if device.type == "cuda":
+        gc.collect()  # compiled blocks keep the teacher alive until then
+        torch.cuda.empty_cache()
+        if sum(array.nbytes for array in arrays) < DEVICE_SHARE * torch.cuda.mem_get_info()[0]:
+            for array in arrays:
+                array.move(device)
+
+
+# ================================================================ in the loop
+
+
+def seed_everything(seed, step, rank):
+    """Seed what a step may draw from: torch, numpy and Python."""
+    number = int(np.random.SeedSequence([data.STEP, seed, step, rank]).generate_state(1)[0])
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
 
 def learning_rate(step, steps_per_epoch, cfg):
     """Linear warm-up, then half a cosine from cfg.lr to 0."""
@@ -49,272 +333,138 @@ def learning_rate(step, steps_per_epoch, cfg):
         return cfg.lr * (step + 1) / warmup
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
-class Run:
-    """What the loop works with. images: uint8 [I, 3, S, S]. codes: the targets of each cached view,
-    int8 [I, T, D + 2]. Both are read from files; on a GPU both move there if they fit."""
-    def __init__(self, cfg, objective, device, rank, world):
-        self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
-        self.dtype = models.pick_dtype(cfg.precision, device)
-        self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
-        teacher = models.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
-        self.teacher = teacher.to(device)  # None once its targets are cached
-        self.store = data.open_store(cfg, cfg.train_split, cfg.max_samples)
-        self.images, self.codes = self.store.images, []
-        self.steps_per_epoch = -(-len(self.store) // cfg.batch_size)
-        self.objective = objective(models.student_of(cfg).train(), teacher, cfg).to(device)
-        groups = self.objective.parameter_groups(cfg.weight_decay)
-        self.optimiser = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.bench = evaluation.Bench(cfg, *QUICK_EVAL) if cfg.eval_every else None
-        self.history = []  # the lines of metrics.jsonl
-        self.fixed = dict(objective=objective.__qualname__, images_hash=self.store.fingerprint,
-                          teacher_hash=teacher.fingerprint, **cfg.settings(free=False))
-
-    def view(self, images, view, index, size):
-        """A view of stored images [B, 3, S, S], as both networks see it: [B, 3, size, size]."""
-        boxes = data.view_boxes(self.cfg.seed, view, len(self.store), self.cfg.crop_scale)[index]
-        return self.objective.shared_view(data.render(images, boxes, size), view, index)
-
-def start(run):
-    """Restore the last checkpoint or fit the heads; cache targets. Returns the step to begin at."""
-    cfg, path, saved = run.cfg, run.cfg.run_path, None
-    latest = path / "checkpoint_latest.pth"
-    if run.rank == 0 and cfg.resume and latest.exists():
-        saved, before = models.load_checkpoint(latest)
-        refuse_changes(f"{path} holds a run with other settings; see --run_dir and --no_resume",
-                       before.settings(free=False) | saved["fixed"], run.fixed)
-    if run.world > 1:
-        own = run.fixed | dict(count=len(run.store), epochs=cfg.epochs, log_every=cfg.log_every)
-        shared = [saved, own]
-        dist.broadcast_object_list(shared, 0)
-        saved, of_rank_0 = shared
-        refuse_changes("all processes need the same command and images", of_rank_0, own)
-    if run.rank == 0:
-        if path.exists() and not cfg.resume:
-            path.rename(f"{path}.old-{time_ns()}")
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
-    open_log(run)
-    if saved:
-        restore(run, saved)
-    else:
-        rows = data.epoch_order(len(run.store), cfg.seed, 0)[:STAT_IMAGES]
-        run.objective.fit(embed_stored(run, 0, data.chunks(rows), "fitting the heads"))
-        if run.world > 1:
-            for value in run.objective.state_dict().values():  # the same bits everywhere
-                dist.broadcast(value, 0)
-    step = saved["step"] if saved else 0
-    compile_networks(run)  # after `fit`, whose smaller last part would be compiled separately
-    if cfg.teacher_views and step < cfg.epochs * run.steps_per_epoch:
-        cache_targets(run)
-    run.logged_at = run.saved_at = monotonic()
-    return step
-
-def refuse_changes(message, before, now):
-    """Raise UserError with the settings that differ, if any do."""
-    if changed := [f"\n  - {name}: {before.get(name)!r}, now {value!r}"
-                   for name, value in now.items() if before.get(name) != value]:
-        raise UserError(message + "".join(changed))
-
-def open_log(run):
-    """Log to the terminal and to train.log, from rank 0 alone; begin with what the run is."""
-    log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
-    log.setLevel(logging.INFO if run.rank == 0 else logging.ERROR)
-    if run.rank == 0:
-        log.addHandler(logging.FileHandler(run.cfg.run_path / "train.log"))
-    log.info(f"{run.cfg}\n{models.environment(run.device)}, {run.dtype}, {run.world} processes\n"
-             f"{len(run.store)} images of {run.store.size} px\n"
-             f"teacher: {run.teacher}\nstudent: {run.objective.student}")
-
-def restore(run, saved):
-    """Take over what a checkpoint holds."""
-    run.history = saved["history"]
-    run.objective.load_state_dict(saved["objective"])
-    run.optimiser.load_state_dict(saved["optimiser"])
-    if saved["scaler"]:  # of a run in fp16; --precision may have changed since
-        run.scaler.load_state_dict(saved["scaler"])
-    log.info(f"continuing at step {saved['step']}")
-    if saved["commit"] != models.environment(run.device)["commit"]:
-        log.warning(f"the checkpoint was written at commit {saved['commit']}")
-
-def compile_networks(run):
-    """torch.compile in place, so that names stay plain; eager where nothing can compile. On CUDA
-    the student's step becomes CUDA graphs (results/first_version/h100.txt)."""
-    cuda = run.device.type == "cuda"
-    if dict(on=True, off=False, auto=cuda)[run.cfg.compile]:
-        try:
-            torch._dynamo.config.skip_nnmodule_hook_guards = False  # or a fork's hooks get lost
-            torch.compile(torch.sin)(torch.ones(1, device=run.device))
-        except Exception as error:  # no compiler, no Triton, an old GPU
-            log.warning(f"not compiled: {reason(error)}")
-            return
-        run.objective.compile(mode="reduce-overhead" if cuda else None)
-        if hasattr(run.teacher.net, "cls_token"):  # a ViT, whose blocks are alike and compile once
-            for block in getattr(run.teacher.net, "blocks", []):
-                block.compile(dynamic=False)
-
-def cache_folder(run, shape):
-    """The folder of the cached targets: its name is a hash of what determines them."""
-    cfg, objective = run.cfg, run.objective
-    methods = [getattr(objective, name).__qualname__ for name in
-               ("embed", "shared_view", "on_student_grid", "targets")]
-    key = [run.store.fingerprint, run.teacher.fingerprint, *methods, shape, run.dtype,
-           cfg.seed, cfg.teacher_size, cfg.crop_scale]
-    digest = hashlib.sha256(str(key).encode())
-    for name, buffer in objective.heads.named_buffers():
-        if ".predict." not in name:  # which trains
-            digest.update(buffer.cpu().numpy().tobytes())
-    return Path(cfg.cache_dir) / "targets" / digest.hexdigest()[:12]
-
-def cache_targets(run):
-    """Fill `run.codes`, unless an earlier run has filled the cache, and drop the teacher. Raises
-    UserError if the first images' cached targets are not those of the code now, token by token."""
-    size = data.CHUNK * (4 if run.device.type == "cuda" else 1)
-    parts = data.batch_rows(np.arange(len(run.store)), size)  # of one size, for torch.compile
-    expected = run.objective.targets(next(embed_stored(run, 0, parts[:1]))).cpu()
-    shape = len(run.store), expected.shape[1], expected.shape[2] + 2
-    folder = cache_folder(run, shape)
-    files = [folder / f"view_{v}.i8" for v in range(min(run.cfg.teacher_views, run.cfg.epochs))]
-    need = math.prod(shape) * sum(not file.exists() for file in files)
-    log.info(f"target cache {folder}: {need / 1e9:.2f} GB to be filled")
-    data.check_space(run.cfg.cache_dir, need, "--teacher_views")
-    if files[0].exists():  # compared before others are filled beside it
-        cached = data.dequantise(data.RowFile(files[0], torch.int8, shape)[parts[0]])
-        error = (cached - expected).square().sum((0, 2))
-        if (error > 0.02 * expected.square().sum((0, 2))).any():  # a cosine below 0.99
-            raise UserError(f"{folder} holds targets of other code: set --cache_dir, or delete it")
-    first = len(files) * run.rank // run.world  # processes begin with different views
-    for view in np.roll(range(len(files)), -first):
-        data.make_once(files[view], partial(fill_view, run, view, parts, shape))
-    run.codes = [data.RowFile(file, torch.int8, shape) for file in files]
-    run.teacher = None
-    log.info("all targets are cached: the teacher is dropped")
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-        arrays = [run.images, *run.codes]
-        if sum(array.nbytes for array in arrays) < DEVICE_SHARE * torch.cuda.mem_get_info()[0]:
-            run.images, *run.codes = [array.to(run.device) for array in arrays]
-
-def fill_view(run, view, parts, shape, path):
-    """Write the codes of all images of a view: int8 of a shape [I, T, D + 2]."""
-    with open(path, "wb") as file:
-        for features in embed_stored(run, view, parts, f"targets of view {view}"):
-            file.write(data.quantise(run.objective.targets(features)).cpu().numpy())
-        file.truncate(math.prod(shape))  # the first images filled up the last part
-
-def embed_stored(run, view, parts, title=None):
-    """Yield the teacher's Features of a view of stored images, for each of some parts of rows."""
-    for images, _, index in data.progress(batches(run, parts), title, len(parts)):
-        yield embed_view(run, images, view, index)
-
-@torch.inference_mode()
-def embed_view(run, images, view, index):
-    """The teacher's Features of a view of stored images [B, 3, S, S] on the device."""
-    pixels = run.view(images, view, index, run.cfg.teacher_size)
-    with run.autocast:
-        return run.objective.embed(run.teacher, pixels)
-
-def batches(run, parts, codes=None):
-    """Yield images and codes (or None) on the device, and their index int64 [B], part by part."""
-    if torch.is_tensor(run.images):
-        for index in map(torch.from_numpy, parts):
-            there = data.to_device(index, run.device)
-            yield run.images[there], codes[there], index
-    else:
-        reads = ((run.images, codes, rows) for rows in parts)
-        for images, some, index in data.read_ahead(read_rows, reads):
-            yield data.to_device(images, run.device), data.to_device(some, run.device), index
-
-def read_rows(images, codes, rows):
-    return images[rows], None if codes is None else codes[rows], torch.from_numpy(rows)
-
-def train_step(run, images, codes, index, epoch, view, step):
-    """One step on stored images [B, 3, S, S] and cached targets, or None; returns statistics."""
-    cfg, objective, optimiser, scaler = run.cfg, run.objective, run.optimiser, run.scaler
-    # Dropout, masks and the like follow from the step: a continued run repeats them.
-    torch.manual_seed(cfg.seed * 2**32 + step * run.world + run.rank)
-    if codes is None:
-        targets = objective.targets(embed_view(run, images, view, index))
-    else:
-        targets = data.dequantise(codes)
-    pixels = run.view(images, view, index, cfg.student_size)
-    pixels = objective.student_view(pixels, epoch, index)
-
-    for group in optimiser.param_groups:
-        group["lr"] = group.get("lr_scale", 1) * learning_rate(step, run.steps_per_epoch, cfg)
-    optimiser.zero_grad()
-    with run.autocast:
-        loss, stats = objective(pixels, targets)
-    scaler.scale(loss).backward()
-    if run.world > 1:
-        average_gradients(objective, run.world)
-    scaler.unscale_(optimiser)
-    norm = clip_grad_norm_(objective.parameters(), cfg.grad_clip or math.inf)
-    scaler.step(optimiser)
-    scaler.update()
-    objective.after_step(step)
-    # Copies: the next replay of a CUDA graph overwrites what this one returned.
-    return {name: x.detach().clone() for name, x in dict(loss=loss, **stats, norm=norm).items()}
 
 def average_gradients(module, world):
     """Over all processes, by one all-reduce: DistributedDataParallel rules out CUDA graphs."""
+    if world == 1:
+        return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
-def report(run, step, recent, stopping):
-    """Average, check and log the statistics of recent steps; evaluate at an epoch's end.
-    Here alone the host waits for the GPU."""
-    cfg, seconds = run.cfg, monotonic() - run.logged_at
-    run.logged_at += seconds
-    means = torch.stack([torch.stack(list(stats.values())) for stats in recent]).mean(0) / run.world
-    if run.world > 1:
-        dist.all_reduce(means)
-    line = dict(epoch=step / run.steps_per_epoch, step=step)
-    line |= zip(recent[0], means.tolist(), strict=True)
-    line |= dict(lr=run.optimiser.param_groups[0]["lr"], memory_gb=models.peak_memory(run.device),
-                 images_per_s=len(recent) * cfg.batch_size / seconds,
-                 seconds=seconds + sum(last["seconds"] for last in run.history[-1:]))
-    if not math.isfinite(line["loss"]):
-        raise UserError(f"loss {line['loss']} before step {step}: lower --lr, or --precision fp32")
-    run.history.append(line)
-    if run.rank > 0:
-        return
-    if cfg.eval_every and line["epoch"] % cfg.eval_every == 0 and not stopping:
-        quick = run.bench.evaluate(*run.bench.features(run.objective.evaluated), probe=False)
-        line |= {f"test_{name}": value for name, value in quick.items()}
-        run.objective.student.train()
-        run.logged_at = monotonic()
-    log.info(" ".join(f"{name} {value:.4g}" for name, value in line.items()))
-    lines = "".join(json.dumps(line) + "\n" for line in run.history)
-    write_atomically(cfg.run_path / "metrics.jsonl", lambda path: path.write_text(lines))
 
-def save_due(run, step, stopping):
-    """Write checkpoint_epoch_N.pth if it is to be kept, then checkpoint_latest.pth if it is due."""
-    cfg, epoch = run.cfg, step / run.steps_per_epoch
-    kept = epoch in (1, cfg.epochs) or (cfg.save_every and epoch % cfg.save_every == 0)
-    if kept:
-        models.save_checkpoint(cfg.run_path / f"checkpoint_epoch_{epoch:g}.pth", run, step)
-    if kept or stopping or monotonic() - run.saved_at > SAVE_SECONDS:
-        models.save_checkpoint(cfg.run_path / "checkpoint_latest.pth", run, step)
-        run.saved_at = monotonic()
+class Journal:
+    """The log: the terminal, train.log and metrics.jsonl in the run folder; rank 0 writes them."""
 
-def export(run):
+    def __init__(self, cfg, saved, rank, world, device):
+        self.cfg, self.world, self.device = cfg, world, device
+        self.history = saved["history"] if saved else []  # the lines of metrics.jsonl
+        self.recent = defaultdict(list)  # statistics since the last line, on the device
+        log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
+        log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+        if rank == 0:
+            if cfg.run_path.exists() and not cfg.resume:
+                cfg.run_path.rename(f"{cfg.run_path}.old-{time_ns()}")
+            cfg.run_path.mkdir(parents=True, exist_ok=True)
+            (cfg.run_path / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+            log.addHandler(logging.FileHandler(cfg.run_path / "train.log", errors="replace"))
+
+    def header(self, store, teacher, student, dtype, steps_per_epoch, saved):
+        """State what the run is."""
+        cfg, steps = self.cfg, self.cfg.epochs * steps_per_epoch
+        changed = {name: value for name, value in vars(cfg).items()
+                   if value != getattr(Config, name)}
+        log.info(f"data      {cfg.dataset}: {len(store)} images of {store.size} px\n"
+                 f"          {store.summary}\n"
+                 f"teacher   {cfg.teacher}: {teacher}\n"
+                 f"student   {cfg.student}: {student}\n"
+                 f"training  {cfg.epochs} epochs of {steps_per_epoch} steps, {dtype}, "
+                 f"{self.world} processes, {models.environment(self.device)}\n"
+                 f"settings  {changed}")
+        if saved:
+            log.info(f"continuing at step {saved['step']}, written at commit {saved['commit']}")
+        if steps < 200:
+            log.warning(f"{steps} steps teach little: raise --epochs or lower --batch_size "
+                        f"({len(store)} images in batches of {cfg.batch_size})")
+
+    def start(self):
+        """Training begins: speeds and the time of the next checkpoint count from now."""
+        self.logged_at = self.saved_at = monotonic()
+
+    def add(self, **values):
+        """Statistics of a step. Copies: the next replay of a CUDA graph overwrites them."""
+        for name, value in values.items():
+            self.recent[name].append(value.detach().clone())
+
+    def average(self, step, steps_per_epoch, rate, scaler):
+        """The statistics since the last line, averaged; the host waits for the device here.
+        Raises UserError where they are not finite; fp16 skips steps whose gradients are not."""
+        seconds = monotonic() - self.logged_at
+        self.logged_at += seconds
+        speed = len(self.recent["loss"]) * self.cfg.batch_size / seconds
+        if self.history:
+            seconds += self.history[-1]["seconds"]
+        line = dict(epoch=step / steps_per_epoch, step=step)
+        means = {}
+        for name, values in self.recent.items():
+            values = torch.stack(values)
+            if scaler.is_enabled():
+                values = values[values.isfinite()]
+            means[name] = values.float().mean() / self.world
+        stacked = torch.stack(list(means.values()))
+        if self.world > 1:
+            dist.all_reduce(stacked)
+        line |= zip(means, stacked.tolist(), strict=True)
+        line |= dict(lr=rate, memory_gb=models.peak_memory(self.device), images_per_s=speed,
+                     seconds=seconds)
+        for name in ("loss", "norm"):
+            if not math.isfinite(line[name]) and scaler.get_scale() <= 1:  # 1 but in fp16
+                raise UserError(f"{name} {line[name]} before step {step}: lower --lr, or "
+                                "--precision fp32")
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        self.recent.clear()
+        self.history.append(line)
+        return line
+
+    def write(self, line, evaluator, student):
+        """Write a line; at the end of some epochs with the accuracy of the student."""
+        if evaluator and line["epoch"] % self.cfg.eval_every == 0:
+            quick = evaluator.evaluate(*evaluator.features(student), probe=False)
+            line |= {f"test_{name}": value for name, value in quick.items()}
+            student.train()
+            self.logged_at = monotonic()
+        log.info(" ".join(f"{name} {value:.4g}" for name, value in line.items()
+                          if value is not None))
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_atomically(self.cfg.run_path / "metrics.jsonl", lambda path: path.write_text(lines))
+
+    def save(self, line, stopping, identity, distiller, parts):
+        """Write checkpoint_epoch_N.pth if it is kept, then checkpoint_latest.pth if it is due. The
+        student is saved twice: a fork may evaluate another network than the one it trains."""
+        cfg, epoch = self.cfg, line["epoch"]
+        kept = epoch in (1, cfg.epochs) or (cfg.save_every and epoch % cfg.save_every == 0)
+        names = [f"checkpoint_epoch_{epoch:g}.pth"] if kept else []
+        if kept or stopping or monotonic() - self.saved_at > SAVE_SECONDS:
+            names.append("checkpoint_latest.pth")
+            self.saved_at = monotonic()
+        for name in names:
+            models.save_checkpoint(
+                cfg.run_path / name, step=line["step"], epoch=epoch, history=self.history,
+                student=distiller.evaluated.net.state_dict(), identity=identity,
+                config=asdict(cfg), commit=models.environment(self.device)["commit"],
+                **{name: part.state_dict() for name, part in parts.items()})
+
+
+# ================================================================ the end, and several processes
+
+
+def export(cfg, student):
     """student.safetensors: weights under timm's names; the metadata states how to use them."""
-    cfg, student = run.cfg, run.objective.evaluated
-    how = dict(model=cfg.student, args=student.arguments, pool=cfg.pool,
-               image_size=cfg.student_size, mean=student.mean.flatten().tolist(),
-               std=student.std.flatten().tolist())
+    how = dict(model=cfg.student, args=student.arguments, image_size=cfg.student_size,
+               mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist())
     weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
     content = save(weights, metadata=dict(student=json.dumps(how)))
     write_atomically(cfg.run_path / "student.safetensors", lambda path: path.write_bytes(content))
 
+
 @contextmanager
 def processes(cfg):
-    """Lock the run folder, join torchrun's process group if there is one -> device, rank, world."""
+    """Lock the run folder, join torchrun's process group if there is one -> rank, world, device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.batch_size % world:
+        raise UserError(f"--batch_size {cfg.batch_size} is not a multiple of {world} processes")
     device = models.pick_device(cfg.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -322,71 +472,55 @@ def processes(cfg):
     if world > 1:
         dist.init_process_group(BACKENDS[device.type])
     path = cfg.run_path.resolve()
-    try:
-        with FileLock(f"{path}.lock", timeout=0) if rank == 0 else nullcontext():
-            yield device, rank, world
-    except Timeout:
-        raise UserError(f"another process is training in {path}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with data.locked(f"{path}.lock", wait=False) if rank == 0 else nullcontext():
+        yield rank, world, device
     if world > 1:
         dist.destroy_process_group()
 
+
+def barrier(world):
+    """Wait for all processes: torchrun ends the others when the first one fails."""
+    if world > 1:
+        dist.barrier()
+
+
 @contextmanager
-def received_signals():
-    """Yield a list that collects SIGINT and SIGTERM, in place of ending the process."""
-    received = []
-    before = {number: signal.signal(number, lambda number, frame: received.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+def stop_signals():
+    """Yield a list that collects the first SIGINT or SIGTERM; a second one ends the process."""
+    received, before = [], {}
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, before[number])  # a second one of its kind ends the process
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, receive)
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-def must_stop(run, step, received):
+
+def must_stop(received, step, steps_per_epoch, world):
     """Whether to stop after this step; all processes return the same."""
-    if run.world == 1:
+    if world == 1:
         return bool(received)
-    if step % STOP_STEPS and step % run.steps_per_epoch:
+    if step % STOP_STEPS and step % steps_per_epoch:
         return False
     flag = torch.tensor([len(received)])  # on the CPU: no GPU has to wait
     dist.all_reduce(flag)
     return bool(flag)
 
-def main(cfg: Config, objective=models.Distiller) -> dict:
-    """Train; returns the last metrics, with eval_at_end also the evaluation's rows.
-    Raises UserError for what the user can fix, SystemExit(128 + signal) when stopped."""
-    validate(cfg, models.problems(cfg), [cfg.dataset, cfg.eval_dataset or cfg.dataset])
-    with processes(cfg) as (device, rank, world):
-        run = Run(cfg, objective, device, rank, world)
-        step, recent = start(run), []
-        with received_signals() as received:
-            for epoch in range(step // run.steps_per_epoch, cfg.epochs):
-                view = epoch % cfg.teacher_views if run.codes else epoch
-                view_codes = run.codes[view] if run.codes else None
-                order = data.epoch_order(len(run.store), cfg.seed, epoch)
-                parts = data.batch_rows(order, cfg.batch_size, rank, world)
-                rest = parts[step % run.steps_per_epoch :]  # of an epoch that was interrupted
-                for images, codes, index in batches(run, rest, view_codes):
-                    recent.append(train_step(run, images, codes, index, epoch, view, step))
-                    step += 1
-                    stopping = must_stop(run, step, received)
-                    if step % cfg.log_every == 0 or step % run.steps_per_epoch == 0 or stopping:
-                        report(run, step, recent, stopping)
-                        recent.clear()
-                        if rank == 0:
-                            save_due(run, step, stopping)
-                    if stopping:
-                        log.info(f"stopped after step {step}; run the same command to continue")
-                        if world > 1:
-                            dist.barrier()  # torchrun ends the others when the first one leaves
-                        raise SystemExit(128 + (received or [signal.SIGTERM])[0])
-        if rank == 0:
-            export(run)
-    latest, last = f"{cfg.run_path}/checkpoint_latest.pth", run.history[-1]
-    log.info(f"done. Evaluate with: python eval.py {latest}")
-    if cfg.eval_at_end and rank == 0:
-        last |= dict(eval=evaluation.main(EvalConfig((latest,), overrides=cfg.settings(True))))
-    return last
+
+def leave(cfg, step, received, world):
+    """End the process after a signal."""
+    how = "the same command" if cfg.resume else "the same command without --no_resume"
+    log.info(f"stopped after step {step}; run {how} to continue")
+    barrier(world)
+    raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
+
 
 if __name__ == "__main__":
     cli(main, Config)

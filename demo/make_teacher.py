@@ -43,16 +43,17 @@ def main() -> None:
     net = timm.create_model(MODEL, num_classes=0, **ARGUMENTS)
     teacher = model.Backbone(net, size).train()
     # Classifying the mean patch as well makes the patches worth distilling.
-    heads = torch.nn.ModuleList(torch.nn.Linear(teacher.embed_dim, len(OUTLINES)) for _ in "cp")
+    heads = torch.nn.ModuleList(torch.nn.Linear(width, len(OUTLINES))
+                                for width in (teacher.cls_dim, teacher.patch_dim))
     weights = [*teacher.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(weights, LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     steps, step = EPOCHS * (IMAGES // BATCH), 0
     for epoch in range(EPOCHS):
         correct = 0
         order = torch.from_numpy(data.epoch_order(IMAGES, SEED, epoch))
-        boxes = data.view_boxes(SEED, epoch, IMAGES, CROP_SCALE)
         for index in order[: steps // EPOCHS * BATCH].view(-1, BATCH):
-            views = data.render(images[index], boxes[index], size)
+            crops = data.view_crops(index, SEED, epoch, CROP_SCALE)
+            views = data.render(images[index], size, *crops)
             views = torch.cat([JITTER(some) for some in views.split(JITTERED_ALIKE)])
             features = teacher(views)
             scores = heads[0](features.cls), heads[1](features.patches.mean(1))

@@ -1,9 +1,8 @@
 """The demo's images: ten shapes, drawn at any place, size, turn and colour.
 
-`shapes` returns them as `datasets` would. Nothing else of the project needs this file.
+`shapes` returns them as a named data set. Nothing else of the project needs this file.
 """
 
-import functools
 import hashlib
 import io
 
@@ -61,29 +60,33 @@ def draw_shape(seed: int, index: int, size: int = 32) -> tuple[np.ndarray, int]:
 SIZES = dict(train=8000, test=2000)
 
 
-@functools.cache
+class Drawn:
+    """A split that draws its images when asked for them; its methods are those of data.Table."""
+
+    def __init__(self, seed, count):
+        self.seed, self.count = seed, count
+        digest = hashlib.sha256()
+        for index in range(20):
+            digest.update(draw_shape(seed, index)[0].tobytes())
+        self.key = [count, digest.hexdigest()]  # changes when the code above draws something else
+
+    def __len__(self):
+        return self.count
+
+    def cells(self, rows):
+        return [dict(bytes=bitmap(draw_shape(self.seed, row)[0])) for row in rows]
+
+    def labels(self, column):
+        if column not in ("", "label"):
+            return None
+        return [list(OUTLINES)[index % len(OUTLINES)] for index in range(self.count)]
+
+
+def bitmap(pixels: np.ndarray) -> bytes:
+    PIL.Image.fromarray(pixels).save(buffer := io.BytesIO(), "bmp")
+    return buffer.getvalue()
+
+
 def shapes() -> dict:
-    """Split -> `datasets.Dataset` of drawn images; each split is drawn from a seed of its own."""
-    import datasets
-
-    splits = {}
-    for seed, (split, count) in enumerate(SIZES.items()):
-        images = []
-        for index in range(count):
-            pixels, _ = draw_shape(seed, index)
-            PIL.Image.fromarray(pixels).save(buffer := io.BytesIO(), "bmp")
-            images.append(dict(bytes=buffer.getvalue(), path=None))
-        columns = dict(image=images, label=[index % len(OUTLINES) for index in range(count)])
-        kinds = dict(image=datasets.Image(decode=False),
-                     label=datasets.ClassLabel(names=list(OUTLINES)))
-        splits[split] = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
-    return splits
-
-
-@functools.cache
-def drawing() -> str:
-    """A fingerprint of what is drawn: it changes when the code above draws something else."""
-    digest = hashlib.sha256(repr(SIZES).encode())
-    for index in range(20):
-        digest.update(draw_shape(0, index)[0].tobytes())
-    return digest.hexdigest()[:12]
+    """Split -> its images; each split is drawn from a seed of its own."""
+    return {split: Drawn(seed, count) for seed, (split, count) in enumerate(SIZES.items())}

@@ -59,7 +59,7 @@ def patches(path: Path, images: torch.Tensor, sides: dict) -> PIL.Image.Image:
     """sides: name -> (backbone, map of its patch embeddings to a common space)."""
     rows, axes = [("image", images / 255)], None
     for name, (net, project) in sides.items():
-        features = net(data.render(images, None, net.image_size))
+        features = net(data.render(images, net.image_size))
         tokens = F.normalize(project(features.patches), dim=-1)
         if axes is None:  # one basis and one scale for all sides, so that colours compare
             basis = tokens.flatten(0, 1)
@@ -70,43 +70,40 @@ def patches(path: Path, images: torch.Tensor, sides: dict) -> PIL.Image.Image:
     return sheet(path, rows)
 
 
-def neighbours(path: Path, bench: evaluation.Bench, train, test) -> PIL.Image.Image:
-    """train, test: embeddings of all images of the bench, float32 [I, D] and [Q, D]."""
+def neighbours(path: Path, evaluator: evaluation.Evaluator, train, test) -> PIL.Image.Image:
+    """train, test: embeddings of all images of the evaluator, float32 [I, D] and [Q, D]."""
     some = data.subset(np.arange(len(test)), SHOWN)
     queries = F.normalize(test[some], dim=1)
     found = (queries @ F.normalize(train, dim=1).T).topk(min(len(RANKS), len(train))).indices
-    images = bench.test.images[bench.test_rows[some]]
+    images = evaluator.test.images[evaluator.test_rows[some]]
     rows = [("query", images / 255)]
     for label, column in zip(RANKS, found.T, strict=False):
-        images = bench.train.images[bench.train_rows[column]] / 255
-        right = (bench.y[column] == bench.y_test[some]).tolist()
-        frames = [[SAME if r else OTHER for r in right]] if bench.labelled else []
+        images = evaluator.train.images[evaluator.train_rows[column.numpy()]] / 255
+        right = (evaluator.y[column] == evaluator.y_test[some]).tolist()
+        frames = [[SAME if r else OTHER for r in right]] if evaluator.labelled else []
         rows.append((label, images, *frames))
     return sheet(path, rows)
 
 
-def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) -> None:
+def progress(path: Path, cfg, evaluator: evaluation.Evaluator, teacher: model.Backbone) -> None:
     """From metrics.jsonl and the checkpoints in the run folder of cfg."""
     import matplotlib.pyplot as plt
 
     lines = [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "test_knn20" in line]
     checkpoints = [cfg.run_path / f"checkpoint_epoch_{n}.pth" for n in (1, cfg.epochs)]
-    students = {"untrained": model.student_of(cfg)}
+    students = {"untrained": model.build_student(cfg)}
     for file, name in zip(checkpoints, ("epoch 1", f"epoch {cfg.epochs}"), strict=True):
-        students[name] = model.student_of(cfg, model.load_checkpoint(file)[0]["student"])
+        students[name] = model.build_student(cfg, model.load_checkpoint(file)[0]["student"])
 
-    columns = data.load_splits(cfg)[bench.test.split].features
-    kinds = [columns.get(name) for name in (cfg.label_column, *data.LABEL_COLUMNS)]
-    class_name = next((kind.int2str for kind in kinds if hasattr(kind, "int2str")), str)
-    some = np.unique(bench.y_test, return_index=True)[1][:SHOWN]  # the first image of each class
+    some = np.unique(evaluator.y_test, return_index=True)[1][:SHOWN]  # the first of each class
     figure = plt.figure(figsize=(12, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
     axis = left.subplots()
     minutes = [0.0] + [line["seconds"] / 60 for line in lines]
-    quick = evaluation.Bench(cfg, *QUICK_EVAL)  # the images of --eval_every
+    quick = evaluation.Evaluator(cfg, *QUICK_EVAL)  # the images of --eval_every
     best, least = (100 * quick.evaluate(*quick.features(net), probe=False)["knn20"]
-                   for net in (teacher, model.student_of(cfg)))
+                   for net in (teacher, model.build_student(cfg)))
     axis.plot(minutes, [least] + [100 * line["test_knn20"] for line in lines], "o-",
               color="#0072b2", label="student")
     axis.axhline(best, color="black", linestyle="--", label="teacher")
@@ -117,17 +114,17 @@ def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) 
     for row in axes:
         for cell in row:
             cell.set(xticks=[], yticks=[])
-    for cell, image, label in zip(axes[0], bench.test.images[bench.test_rows[some]],
-                                  bench.y_test[some], strict=True):
+    for cell, image, label in zip(axes[0], evaluator.test.images[evaluator.test_rows[some]],
+                                  evaluator.y_test[some], strict=True):
         cell.imshow(to_pil_image(image))
-        cell.set_title(class_name(int(label)), fontsize=9)
+        cell.set_title(evaluator.classes[label], fontsize=9)
     axes[0, 0].set_ylabel("query", rotation=0, ha="right", va="center")
     for row, (name, student) in zip(axes[1:], students.items(), strict=True):
-        train, test = (F.normalize(x, dim=1) for x in bench.features(student))
+        train, test = (F.normalize(x, dim=1) for x in evaluator.features(student))
         nearest = (test[some] @ train.T).argmax(1)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-        images = bench.train.images[bench.train_rows[nearest]]
-        for cell, image, same in zip(row, images, bench.y[nearest] == bench.y_test[some],
+        images = evaluator.train.images[evaluator.train_rows[nearest.numpy()]]
+        for cell, image, same in zip(row, images, evaluator.y[nearest] == evaluator.y_test[some],
                                      strict=True):
             cell.imshow(to_pil_image(image))
             for spine in cell.spines.values():
@@ -138,25 +135,25 @@ def progress(path: Path, cfg, bench: evaluation.Bench, teacher: model.Backbone) 
 def main(checkpoint: str, folder: str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    saved, cfg = model.load_checkpoint(Path(checkpoint))
-    bench = evaluation.Bench(cfg)
-    teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
-    objective = model.Distiller(model.student_of(cfg, saved["student"]), teacher, cfg).eval()
-    heads = {name: value for name, value in saved["objective"].items() if name.startswith("heads.")}
-    objective.load_state_dict(heads, strict=False)
-    head = objective.heads["patch"]
-    some = data.subset(bench.test_rows, SHOWN)
-    patches(folder / "patches.png", bench.test.images[some],
-            dict(teacher=(teacher, head.target), student=(objective.student, head.predict)))
-    rows = data.subset(np.arange(len(bench.train)), SHOWN)
-    images = bench.train.images[rows]
-    views = [(f"view {v}", data.render(images, data.view_boxes(
-        cfg.seed, v, len(bench.train), cfg.crop_scale)[rows], cfg.student_size))
-        for v in range(max(cfg.teacher_views, 1))]
+    saved, cfg = model.load_checkpoint(checkpoint)
+    evaluator = evaluation.Evaluator(cfg)
+    teacher = model.load_teacher(cfg)
+    distiller = model.Distiller(model.build_student(cfg, saved["student"]), teacher, cfg).eval()
+    head = distiller.patch_head
+    head.load_state_dict({name.removeprefix("patch_head."): value
+                          for name, value in saved["objective"].items()
+                          if name.startswith("patch_head.")})
+    some = data.subset(evaluator.test_rows, SHOWN)
+    patches(folder / "patches.png", evaluator.test.images[some],
+            dict(teacher=(teacher, head.target), student=(distiller.student, head.predict)))
+    rows = data.subset(np.arange(len(evaluator.train)), SHOWN)
+    images = evaluator.train.images[rows]
+    views = [(f"view {view}", data.render(images, cfg.student_size, *data.view_crops(
+        rows, cfg.seed, view, cfg.crop_scale))) for view in range(max(cfg.teacher_views, 1))]
     sheet(folder / "views.png", [("image", images / 255), *views])
-    neighbours(folder / "neighbors.png", bench, *bench.features(objective.student))
+    neighbours(folder / "neighbors.png", evaluator, *evaluator.features(distiller.student))
     if cfg.eval_every:
-        progress(folder / "progress.png", cfg, bench, teacher)
+        progress(folder / "progress.png", cfg, evaluator, teacher)
     print(f"written to {folder}")
 
 

@@ -2,6 +2,7 @@
 
 import io
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -9,10 +10,30 @@ import pytest
 from test_smoke import cache, tiny  # noqa: F401
 
 
-def png(seed: int) -> bytes:
+def png(seed: int, kind: str = "png") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
-    PIL.Image.fromarray(pixels).save(buffer := io.BytesIO(), "png")
+    PIL.Image.fromarray(pixels).save(buffer := io.BytesIO(), kind)
     return buffer.getvalue()
+
+
+def put(root, *names: str) -> None:
+    """Different images in files of these names."""
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(number))
+
+
+def tables(root, labels, test_labels=None, first: int = 0) -> str:
+    """The folder "own" of parquet files, with an image for each label; None: no such split."""
+    folder = root / "own"
+    folder.mkdir(parents=True)
+    for split, given in (("train", labels), ("test", test_labels)):
+        if given is not None:
+            cells = [png(first + len(split) * 100 + i) for i in range(len(given))]
+            rows = datasets.Dataset.from_dict(dict(image=cells, label=given))
+            rows = rows.cast_column("image", datasets.Image())
+            rows.to_parquet(folder / f"{split}.parquet")
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import pickle
 import shutil
 import struct
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def refused(monkeypatch, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli(main, cls)
-        message = capsys.readouterr().err
+        message = capsys.readouterr().err.split("\r")[-1]  # after a bar of progress
         assert stop.value.code == 2 and message.startswith("error: "), message
         assert "Traceback" not in message and len(message) < 1200, message
         return message
@@ -124,19 +123,19 @@ def test_a_flipped_bit_is_noticed_wherever_it_matters(run, tmp_path):
     """torch.load compares no checksums, and would take nearly all of these for what was saved."""
     content = bytearray(latest(run).read_bytes())
     saved, cfg = model.load_checkpoint(latest(run))
-    rng, noticed = np.random.default_rng(0), 0
+    rng, noticed, flipped = np.random.default_rng(0), 0, tmp_path / "flipped.pth"
     places = (
         rng.integers(0, len(content), 100),
         rng.integers(len(content) - 20_000, len(content), 50),
     )
     for place in np.concatenate(places).tolist():
         content[place] ^= 1 << place % 8
-        (tmp_path / "flipped.pth").write_bytes(content)
+        flipped.write_bytes(content)
         content[place] ^= 1 << place % 8
         try:
-            found, found_cfg = model.load_checkpoint(tmp_path / "flipped.pth")
+            found, found_cfg = model.load_checkpoint(shutil.move(flipped, latest(run)))
         except UserError as error:
-            assert "flipped.pth" in str(error)
+            assert "checkpoint_latest.pth is no checkpoint" in str(error)
             noticed += 1
         else:
             assert same(found, saved) and found_cfg == cfg, f"byte {place} was changed unnoticed"
@@ -183,9 +182,39 @@ def test_a_config_of_another_version_is_refused(run, refused_by_both, edit, word
     assert words in refused_by_both(run)
 
 
-def test_a_checkpoint_of_the_first_version_is_refused_with_a_clear_sentence(run, refused_by_both):
-    change(latest(run), lambda saved: {k: v for k, v in saved.items() if k != "format"})
+@pytest.mark.parametrize("number", [None, 5, model.FORMAT + 1])
+def test_a_checkpoint_of_another_version_is_refused_with_a_clear_sentence(
+        run, refused_by_both, number):
+    change(latest(run), lambda saved: saved | dict(format=number))
     assert "of another version of this program" in refused_by_both(run)
+
+
+def test_a_checkpoint_is_found_in_its_run_folder_and_others_are_told_apart(run, refused, tmp_path):
+    assert str(model.load_checkpoint(run.run_path)[0]) == str(model.load_checkpoint(latest(run))[0])
+    for path, words in ((tmp_path / "nowhere.pth", "nowhere.pth: no such file"),
+                        (tmp_path / "here", "checkpoint_latest.pth: no such file"),
+                        (run.run_path / "student.safetensors", "is an exported student")):
+        assert words in refused(evaluation.main, EvalConfig, path)
+
+
+@pytest.mark.parametrize("part", ["config", "student", "objective", "optimiser", "known", "step"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(run, refused, part):
+    change(latest(run), lambda saved: {k: v for k, v in saved.items() if k != part})
+    message = refused(train.main, Config, *flags(run))
+    assert part in message and "checkpoint_latest.pth" in message
+
+
+def test_a_setting_that_a_checkpoint_lacks_takes_its_default_and_is_named(run, caplog):
+    change(latest(run), lambda saved: saved["config"].pop("weight_decay") and None)
+    cfg = model.load_checkpoint(latest(run))[1]
+    assert cfg == dataclasses.replace(run, epochs=1, run_dir=cfg.run_dir)
+    assert "lacks weight_decay: the defaults are taken" in caplog.text
+
+
+def test_data_that_have_moved_do_not_make_a_checkpoint_unreadable(run, tmp_path, monkeypatch):
+    change(latest(run), lambda saved: saved["config"].update(dataset="/a/place/of/old"))
+    assert model.load_checkpoint(latest(run))[0]["step"] == 2
+    assert train.main(run)["step"] == 4
 
 
 def test_the_run_goes_on_when_its_checkpoint_is_whole_and_from_fp16_in_fp32(run):
@@ -265,13 +294,12 @@ SAFETENSORS = dict(
 
 
 @pytest.mark.parametrize("name", SAFETENSORS)
-def test_hostile_safetensors_are_refused_at_once(tmp_path, name):
+def test_hostile_safetensors_are_refused(tmp_path, name):
     path = tmp_path / f"{name}.safetensors"
     path.write_bytes(SAFETENSORS[name])
-    begin = time.time()
     with pytest.raises(UserError, match=rf"{name}\.safetensors does not fit \w+: "):
-        model.load_teacher("vit_tiny_patch16_224", 32, str(path))
-    assert time.time() - begin < 5
+        model.load_teacher(Config(teacher="vit_tiny_patch16_224", teacher_size=32,
+                                  teacher_weights=str(path)))
 
 
 def test_a_teacher_file_that_is_missing_or_no_file_is_named(tmp_path, refused):
@@ -289,8 +317,8 @@ def paths_in(folder: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("wish, words", [
-    (dict(dataset="outside.py"), "owner/name on the Hub"),
-    (dict(dataset="https://example.org/x"), "owner/name on the Hub"),
+    (dict(dataset="outside.py"), "no data set 'outside.py'"),
+    (dict(dataset="https://example.org/x"), "no data set 'https://example.org/x'"),
     (dict(student="hf-hub:some/one"), "not a model of timm"),
     (dict(student="local-dir:/outside"), "not a model of timm"),
     (dict(student_args="pretrained=True"), "for weights see --student_weights"),
@@ -319,5 +347,6 @@ def test_evaluation_writes_only_beside_the_checkpoint_and_into_the_cache(run, tm
     evaluation.main(EvalConfig((str(latest(run)),), baselines=False))
     new = paths_in(tmp_path) - before
     cache = tmp_path / "here" / "cache"
-    assert all(p == run.run_path / "eval.json" or p == cache or p.is_relative_to(cache)
-               for p in new), new
+    beside = [p for p in new if p.parent == run.run_path]
+    assert len(beside) == 1 and beside[0].match("eval-shapes-*.json"), "eval.json has baselines"
+    assert all(p == cache or p.is_relative_to(cache) for p in new - {*beside}), new

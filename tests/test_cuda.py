@@ -75,20 +75,19 @@ def test_a_run_continues_on_the_gpu(cuda, monkeypatch, fork):
 @pytest.mark.parametrize("changes", [dict(), dict(precision="bf16"), dict(teacher_views=0)])
 @pytest.mark.parametrize("fork", [Distiller, QueueKL])
 def test_the_host_waits_at_log_lines_alone(cuda, monkeypatch, fork, changes):
-    train_step, report = train.train_step, train.report
+    learning_rate, average = train.learning_rate, train.Journal.average
 
-    def watched_step(*arguments):
-        stats = train_step(*arguments)
-        if arguments[-1] >= 10:  # once everything is compiled and recorded
+    def watched_rate(step, *rest):
+        if step >= 10:  # once everything is compiled and recorded
             torch.cuda.set_sync_debug_mode("error")
-        return stats
+        return learning_rate(step, *rest)
 
-    def unwatched_report(*arguments):
+    def unwatched_average(*arguments):
         torch.cuda.set_sync_debug_mode("default")
-        report(*arguments)
+        return average(*arguments)
 
-    monkeypatch.setattr(train, "train_step", watched_step)
-    monkeypatch.setattr(train, "report", unwatched_report)
+    monkeypatch.setattr(train, "learning_rate", watched_rate)
+    monkeypatch.setattr(train.Journal, "average", unwatched_average)
     try:
         train.main(cuda(**changes), objective=fork)
     finally:
@@ -114,7 +113,7 @@ def test_half_precision_trains_as_float32_does(cuda, precision):
 def test_the_gpu_evaluates_as_the_cpu_does(cuda):
     cfg = cuda()
     train.main(cfg)
-    for_gpu, for_cpu = (evaluation.main(EvalConfig((latest(cfg),), overrides=dict(device=device)))
+    for_gpu, for_cpu = (evaluation.main(EvalConfig((latest(cfg),), device=device))
                         for device in ("cuda", "cpu"))
     for a, b in zip(for_gpu, for_cpu, strict=True):
         print([(a[name], b[name]) for name in ("knn20", "linear", "similarity")])

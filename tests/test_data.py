@@ -1,165 +1,82 @@
-"""Any collection of images -> a store: folders as people lay them out, tables, odd labels."""
+"""Any collection of images -> a store: folders as people lay them out, tables, data that change.
+
+No image is left out without a word, and no old pixels or labels are taken for new ones."""
 
 import dataclasses
-import json
+import errno
 import os
 import shutil
+import unicodedata
 
 import datasets
 import numpy as np
 import pytest
-from conftest import png
+from conftest import png, put, tables
 
 import data
 import eval as evaluation
 import train
-from config import EvalConfig, UserError
+from config import DATASETS, Config, UserError, parse
 from test_smoke import latest
+
+
+def of(store) -> list:
+    return store.labels().tolist()
+
+
+def pixels(store) -> np.ndarray:
+    return store.images[np.arange(len(store))].numpy()
+
+
+def stores(cfg) -> list:
+    return [path.parent.name for path in data.Path(cfg.cache_dir).glob("stores/*/info.json")]
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """The settings of a run on the folder "own", with a cache of its own."""
+    folders = dict(dataset=str(tmp_path / "own"), cache_dir=str(tmp_path / "cache"))
+    return lambda **changes: tiny(**dict(max_samples=0, epochs=1) | folders | changes)
 
 
 def test_a_folder_is_decoded_once_into_upright_rgb(tiny, photos):
     cfg = tiny(dataset=str(photos))
     store = data.open_store(cfg, "train")
-    images = store.images[np.arange(33)].numpy()
+    images = pixels(store)
     assert images.shape == store.images.shape == (33, 3, 32, 32) and images.dtype == np.uint8
-    assert sorted(set(store.labels.tolist())) == [0, 1]
+    assert {*of(store)} == {"cat", "dog"}
     before = store.images.path.stat().st_mtime_ns
     assert data.open_store(cfg, "train").images.path.stat().st_mtime_ns == before
     turned = [im for im in images if im[:, :14].mean() > 240 and im[:, 18:].mean() < 15]
     assert len(turned) == 1, "EXIF orientation is applied"
 
 
-def test_a_moved_folder_is_found_again_and_a_changed_one_is_not(tiny, photos, tmp_path):
-    first = data.open_store(tiny(dataset=str(photos)), "train")
-    shutil.copytree(photos, tmp_path / "moved", copy_function=shutil.copy)  # other times
-    moved = data.open_store(tiny(dataset=str(tmp_path / "moved")), "train")
-    assert moved.fingerprint == first.fingerprint
-    (tmp_path / "moved" / "train" / "cat" / "new.png").write_bytes(png(0))
-    changed = data.open_store(tiny(dataset=str(tmp_path / "moved")), "train")
-    assert changed.fingerprint != first.fingerprint
-
-
-def test_unreadable_images_are_left_out_and_counted(tiny, photos, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(data.log, "propagate", True)
-    shutil.copytree(photos, tmp_path / "photos")
-    cats = tmp_path / "photos" / "train" / "cat"
-    (cats / "empty.jpg").write_bytes(b"")
-    (cats / "text.png").write_text("no image")
-    (cats / "cut.png").write_bytes(png(0)[:900])
-    store = data.open_store(tiny(dataset=str(tmp_path / "photos")), "train")
-    info = json.loads(store.images.path.with_name("info.json").read_text())
-    assert len(store) == 33 and len(info["unreadable"]) == 4  # one of 16 bits
-    assert "4 of 37 images cannot be read" in caplog.text
-
-
-def test_parquet_files_and_save_to_disk_are_read_and_string_labels_numbered(tiny, tmp_path):
+def test_parquet_files_and_save_to_disk_are_read(tiny, tmp_path):
     columns = dict(photo=[png(i) for i in range(6)], label=["cat", "dog"] * 3, note=["x"] * 6)
-    columns |= dict(score=[0.0, 0.5, float("nan")] * 2, labels=[[1, 2]] * 6)
     foreign = datasets.Dataset.from_dict(columns)  # bytes, but no image type: named
     (tmp_path / "parquet").mkdir()
     foreign.to_parquet(tmp_path / "parquet" / "train.parquet")
     foreign.cast_column("photo", datasets.Image()).save_to_disk(tmp_path / "disk")
-    stores = [data.open_store(tiny(dataset=str(tmp_path / name), image_column=column), "train")
-              for name, column in (("parquet", "photo"), ("disk", ""))]
-    for store in stores:
-        assert store.labels.tolist() == [0, 1] * 3 and store.images.shape == (6, 3, 32, 32)
-    a, b = (store.images[np.arange(6)].numpy() for store in stores)
-    assert (a == b).all()
-    odd = [data.open_store(tiny(dataset=str(tmp_path / "disk"), label_column=c), "train")
-           for c in ("score", "labels")]
-    assert [store.labels.tolist() for store in odd] == [[0, 1, -1] * 2, [-1] * 6]
+    a, b = (data.open_store(tiny(dataset=str(tmp_path / name), image_column=column), "train")
+            for name, column in (("parquet", "photo"), ("disk", "")))
+    assert of(a) == of(b) == ["cat", "dog"] * 3 and a.images.shape == (6, 3, 32, 32)
+    assert (pixels(a) == pixels(b)).all() and a.fingerprint == b.fingerprint
 
 
 @pytest.mark.parametrize("columns, words", [
-    (dict(note=["x"]), "not one image column among note: set --image_column"),
+    (dict(note=["x"]), "not one image column among note: set --image_column; what is read: JPEG"),
     (dict(left=[png(0)], right=[png(1)]), "not one image column among left, right"),
 ])
-def test_data_without_one_image_column_is_refused_by_name(tiny, tmp_path, columns, words):
+def test_data_without_one_image_column_are_refused_by_name(tiny, tmp_path, columns, words):
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "disk")
     with pytest.raises(UserError, match=words):
         data.open_store(tiny(dataset=str(tmp_path / "disk")), "train")
 
 
-# ---------------------------------------------------------------------------- folders
-
-
-def splits(*names: str) -> dict:
-    return data.image_splits(list(names))
-
-
-def test_class_folders_may_be_called_like_a_split():
-    names = [f"{c}/{i}.jpg" for c in ("bus", "car", "train", "test_tube") for i in (1, 2)]
-    (split,) = splits(*names).items()
-    assert split[0] == "train" and {*split[1].values()} == {"bus", "car", "train", "test_tube"}
-
-
-def test_a_file_may_be_called_like_a_split():
-    assert [*splits("IMG_1.jpg", "train_station.jpg", "test.jpg")] == ["train"]
-
-
-def test_splits_are_found_in_any_case_and_by_their_other_names():
-    for first, second in (("Train", "Test"), ("Training", "Testing"), ("train", "val")):
-        found = splits(f"{first}/cat/1.jpg", f"{first}/dog/2.jpg", f"{second}/cat/3.jpg")
-        assert [*found] == [first.lower(), second.lower()]
-        assert found[first.lower()][f"{first}/cat/1.jpg"] == "cat"
-
-
-def test_folders_around_the_splits_do_not_matter():
-    found = splits("a/b/train/cat/1.jpg", "a/b/train/dog/2.jpg", "a/b/test/cat/3.jpg")
-    assert {*found} == {"train", "test"} and found["train"]["a/b/train/dog/2.jpg"] == "dog"
-    assert [*splits("a/images/1.jpg", "a/images/2.jpg")] == ["train"]
-
-
-def test_images_below_a_class_folder_have_its_class():
-    found = splits("train/n01/images/1.JPEG", "train/n02/images/2.JPEG", "val/images/3.JPEG")
-    assert [*found["train"].values()] == ["n01", "n02"]
-
-
-def test_what_lies_beside_splits_is_in_neither_and_a_stray_image_has_no_class():
-    found = splits("train/cat/1.jpg", "test/cat/2.jpg", "new/3.jpg", "4.jpg")
-    assert {split: [*names] for split, names in found.items()} == {
-        "train": ["train/cat/1.jpg"], "test": ["test/cat/2.jpg"], "new": ["new/3.jpg"],
-        "": ["4.jpg"]}
-    assert splits("cat/1.jpg", "dog/2.jpg", "3.jpg")["train"]["3.jpg"] is None
-
-
-def make(root, *names: str) -> None:
-    for number, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(png(number))
-
-
-def test_links_are_followed_and_annotations_ignored(tiny, tmp_path, monkeypatch):
-    make(tmp_path, "elsewhere/1.png", "elsewhere/2.png", "own/dog/3.png", "own/4.png")
-    (tmp_path / "own" / "cat").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "own" / "labels").mkdir()
-    for i in range(20):
-        (tmp_path / "own" / "labels" / f"{i}.txt").write_text("0 0.5 0.5 1 1")
-    store = data.open_store(tiny(dataset=str(tmp_path / "own")), "train")
-    assert sorted(store.labels.tolist()) == [-1, 0, 0, 1]
-    monkeypatch.chdir(tmp_path / "own")
-    assert len(data.open_store(tiny(dataset="."), "train")) == 4
-
-
-def test_what_is_not_used_is_logged(tiny, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(data.log, "propagate", True)
-    make(tmp_path, "train/1.png", "test/2.png", "more/3.png", "more/4.png")
-    with caplog.at_level("INFO"):
-        assert len(data.open_store(tiny(dataset=str(tmp_path)), "train")) == 1
-    assert "split 'more': 2 images, such as more/3.png" in caplog.text
-
-
-def test_a_split_that_is_not_there_is_refused_by_name(tiny, tmp_path):
-    make(tmp_path, "val/1.png", "test/2.png")
-    with pytest.raises(UserError, match="no split 'train', only test, val"):
-        data.open_store(tiny(dataset=str(tmp_path)), "train")
-
-
 @pytest.mark.parametrize("column", ["note", "missing"])
 def test_a_column_that_holds_no_images_is_refused_with_the_cause(tiny, tmp_path, column):
-    rows = dict(photo=[png(0)], note=["x"])
-    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "disk")
-    with pytest.raises(UserError, match=f"cannot read.*{column}|has no image|cannot read the data"):
+    datasets.Dataset.from_dict(dict(photo=[png(0)], note=["x"])).save_to_disk(tmp_path / "disk")
+    with pytest.raises(UserError, match=f"{column}|no image of train can be read"):
         data.open_store(tiny(dataset=str(tmp_path / "disk"), image_column=column), "train")
 
 
@@ -169,130 +86,516 @@ def test_the_cause_of_a_failure_is_shown(tiny, tmp_path):
         data.open_store(tiny(dataset=str(tmp_path)), "train")
 
 
-@pytest.mark.parametrize("file, content", [
-    ("info.json", b""), ("info.json", b"{}"), ("info.json", b"short")])
-def test_a_damaged_store_is_refused_by_name(tiny, tmp_path, file, content):
-    make(tmp_path, "own/1.png", "own/2.png")
-    cfg = tiny(dataset=str(tmp_path / "own"), cache_dir=str(tmp_path / "cache"))
-    data.open_store(cfg, "train").images.path.with_name(file).write_bytes(content)
-    with pytest.raises(UserError, match="is damaged .*delete it"):
-        data.open_store(cfg, "train")
+@pytest.mark.parametrize("name", ["1.heic", "1.npy", "cifar-10-batches-py/data_batch_1", "none"])
+def test_a_folder_of_other_formats_is_refused_with_those_that_are_read(own, tmp_path, name):
+    put(tmp_path, f"own/{name}")
+    with pytest.raises(UserError, match="what is read: JPEG, PNG.*recipes.md"):
+        data.open_store(own(), "train")
 
 
-# ---------------------------------------------------------------------------- odd labels
-
-
-def tables(folder, labels, test_labels=None) -> str:
-    """A folder of parquet files, with an image for each label; None: no such split."""
-    folder = folder / "own"
-    folder.mkdir()
-    for split, given in (("train", labels), ("test", test_labels)):
-        if given is not None:
-            rows = dict(image=[png(len(split) * 100 + i) for i in range(len(given))], label=given)
-            rows = datasets.Dataset.from_dict(rows)
-            rows = rows.cast_column("image", datasets.Image())
-            rows.to_parquet(folder / f"{split}.parquet")
-    return str(folder)
-
-
-NONE = [None] * 4
-
-
-@pytest.mark.parametrize("labels, test_labels, accuracies", [
-    ([0, 1], None, "k-NN and probe"),  # one is held out, whose class the other does not have
-    ([0], [0], "none"),
-    ([3] * 4, [3] * 4, "none"),  # one class is none
-    ([0, 1] * 2, [2] * 4, "k-NN and probe"),  # no class in common
-    (NONE, NONE, "none"),
-    ([-1] * 4, [-1] * 4, "none"),
-    ([0, 1] * 2, [-1] * 4, "none"),
-    ([0, 1, None, -5], [None, 1, -5, 0], "k-NN and probe"),
-    ([float("inf"), 1.0, float("nan"), 0.5], [1.0, 0.0] * 2, "k-NN and probe"),
-    (["cat", "dog"] * 2, ["dog", "cat"] * 2, "k-NN and probe"),
-    ([True, False] * 2, [False] * 4, "k-NN and probe"),
-    ([10**12, 7] * 2, [7] * 4, "k-NN and probe"),
-])
-def test_odd_labels_are_learned_from_and_evaluated(
-        tiny, tmp_path, labels, test_labels, accuracies):
-    cfg = tiny(dataset=tables(tmp_path, labels, test_labels), max_samples=0, epochs=1,
-               batch_size=min(4, len(labels)), cache_dir=str(tmp_path / "cache"))
-    train.main(cfg)
-    student = evaluation.main(EvalConfig((latest(cfg),)))[-1]
-    found = "knn20" in student, "linear" in student
-    assert found == ("k-NN" in accuracies, "probe" in accuracies)
-
-
-def test_words_are_numbered_alike_in_all_splits(tiny, tmp_path):
-    folder = tables(tmp_path, ["cat", "eel", None, "cat"], ["eel", "dog", "eel", None])
-    stores = [data.open_store(tiny(dataset=folder), split) for split in ("train", "test")]
-    assert [s.labels.tolist() for s in stores] == [[0, 2, -1, 0], [2, 1, 2, -1]]
-
-
-@pytest.mark.parametrize("labels", [[], None])
-def test_no_images_are_refused(tiny, tmp_path, labels):
-    cfg = tiny(dataset=tables(tmp_path, labels), max_samples=0)
-    with pytest.raises(UserError, match="cannot read the dataset|has no image") as error:
-        train.main(cfg)
-    assert "\n" not in str(error.value)
-
-
-def test_one_image_can_be_learned(tiny, tmp_path):
-    cfg = tiny(dataset=tables(tmp_path, [0]), max_samples=0, batch_size=1, epochs=1)
+def test_one_image_can_be_learned(own, tmp_path):
+    tables(tmp_path, [0])
+    cfg = own(batch_size=1)
     train.main(cfg)
     assert (cfg.run_path / "student.safetensors").exists()
 
 
-def test_a_run_is_not_continued_on_data_that_changed(tiny, tmp_path):
-    make(tmp_path / "own", *[f"{i}.png" for i in range(16)])
-    cfg = tiny(dataset=str(tmp_path / "own"), max_samples=0, epochs=1)
+@pytest.mark.parametrize("labels", [[], None])
+def test_no_images_are_refused(own, tmp_path, labels):
+    tables(tmp_path, labels)
+    with pytest.raises(UserError, match="cannot read the dataset|no image"):
+        train.main(own())
+
+
+# ---------------------------------------------------------------------------- data that change
+
+
+def test_touched_copied_and_moved_data_continue_a_run_and_changed_images_do_not(own, tmp_path):
+    put(tmp_path / "own", *[f"{i}.png" for i in range(16)])
+    cfg = own()
     train.main(cfg)
-    shutil.move(tmp_path / "own", tmp_path / "moved")
-    train.main(dataclasses.replace(cfg, dataset=str(tmp_path / "moved"), epochs=2,
-                                   cache_dir=str(tmp_path / "another cache")))
-    make(tmp_path / "moved", "one_more.png")
-    with pytest.raises(UserError, match="images_hash: '[0-9a-f]*', now"):
-        train.main(dataclasses.replace(cfg, dataset=str(tmp_path / "moved"), epochs=3))
+    for path in (tmp_path / "own").iterdir():
+        os.utime(path, (1, 1))
+    train.main(dataclasses.replace(cfg, epochs=2))
+    shutil.copytree(tmp_path / "own", tmp_path / "copy", copy_function=shutil.copy)
+    shutil.rmtree(tmp_path / "own")
+    moved = dataclasses.replace(cfg, epochs=3, dataset=str(tmp_path / "copy"))
+    train.main(moved)
+    assert evaluation.main(evaluation.EvalConfig((latest(cfg),), dataset=moved.dataset))
+    put(tmp_path / "copy", "one_more.png")
+    with pytest.raises(UserError, match="images"):
+        train.main(dataclasses.replace(moved, epochs=4))
 
 
-def test_a_store_that_does_not_fit_is_refused_before_it_is_decoded(tiny, tmp_path, monkeypatch):
+def fill(folder, first, kind):
+    """Eight images whose names and sizes do not tell one filling from another."""
+    images = [png(first + i, "bmp") for i in range(8)]
+    shutil.rmtree(folder, ignore_errors=True)
+    if kind == "files":
+        folder.mkdir()
+        for i, image in enumerate(images):
+            (folder / f"{i}.bmp").write_bytes(image)
+        return
+    cells = [dict(bytes=image, path=None) for image in images]
+    rows = datasets.Dataset.from_dict(dict(image=cells, label=[first] * 8))
+    rows = rows.cast_column("image", datasets.Image())
+    if kind == "disk":
+        rows.save_to_disk(folder)
+    else:
+        folder.mkdir()
+        rows.to_parquet(folder / "train.parquet")
+
+
+@pytest.mark.parametrize("kind", ["files", "disk", "parquet"])
+def test_replaced_images_of_the_same_names_and_sizes_are_seen(own, tmp_path, kind):
+    fill(tmp_path / "own", 0, kind)
+    first = data.open_store(own(), "train")
+    fill(tmp_path / "own", 100, kind)
+    second = data.open_store(own(), "train")
+    assert second.fingerprint != first.fingerprint and (pixels(first) != pixels(second)).any()
+
+
+def test_corrected_labels_and_another_label_column_decode_nothing_and_are_seen(own, tmp_path):
+    def write(labels):
+        shutil.rmtree(tmp_path / "own", ignore_errors=True)
+        cells = [dict(bytes=png(i), path=None) for i in range(4)]
+        rows = dict(image=cells, label=labels, Label=["x", "y"] * 2, la_bel=["u", "v"] * 2)
+        rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        rows.save_to_disk(tmp_path / "own")
+
+    write([0, 0, 1, 1])
+    store = data.open_store(own(), "train")
+    assert of(store) == ["0", "0", "1", "1"]
+    for column, expected in (("Label", ["x", "y"] * 2), ("la_bel", ["u", "v"] * 2)):
+        again = data.open_store(own(label_column=column), "train")
+        assert again.labels(column).tolist() == expected and len(stores(own())) == 1
+    write([1, 0, 1, 0])
+    corrected = data.open_store(own(), "train")
+    assert of(corrected) == ["1", "0", "1", "0"] and corrected.fingerprint == store.fingerprint
+
+
+def test_a_function_may_name_a_data_set_and_what_it_returns_now_is_used(own, tmp_path, monkeypatch):
+    first = [0]
+
+    def mine():
+        cells = [dict(bytes=png(first[0] + i), path=None) for i in range(4)]
+        rows = datasets.Dataset.from_dict(dict(image=cells, label=[first[0]] * 4))
+        return dict(train=rows.cast_column("image", datasets.Image()))
+
+    monkeypatch.setitem(DATASETS, "mine", mine)
+    before = data.open_store(own(dataset="mine"), "train")
+    assert data.open_store(own(dataset="mine"), "train").fingerprint == before.fingerprint
+    assert len(stores(own())) == 1
+    first[0] = 10
+    after = data.open_store(own(dataset="mine"), "train")
+    assert of(after) == ["10"] * 4 and after.fingerprint != before.fingerprint
+
+
+def test_other_rows_of_the_same_file_are_other_images(own, tmp_path, monkeypatch):
+    fill(tmp_path / "disk", 0, "disk")
+    found = []
+    for first in (0, 2):
+        rows = datasets.load_from_disk(str(tmp_path / "disk")).select(range(first, first + 4))
+        monkeypatch.setitem(DATASETS, "mine", lambda rows=rows: dict(train=rows))
+        found.append(pixels(data.open_store(own(dataset="mine"), "train")))
+    assert (found[0][2:] == found[1][:2]).all() and (found[0] != found[1]).any()
+
+
+def test_a_function_may_return_paths_of_own_files(own, tmp_path, monkeypatch):
+    put(tmp_path, "elsewhere/1.png", "elsewhere/2.png")
+    paths = [str(tmp_path / "elsewhere" / f"{i}.png") for i in (1, 2)]
+    rows = datasets.Dataset.from_dict(dict(image=paths)).cast_column("image", datasets.Image())
+    monkeypatch.setitem(DATASETS, "mine", lambda: dict(train=rows))
+    assert len(data.open_store(own(dataset="mine"), "train")) == 2
+
+
+@pytest.mark.parametrize("file, content", [
+    ("info.json", b""), ("info.json", b"{}"), ("rows.i64", b""), ("images.u8", b"short")])
+def test_a_damaged_store_is_refused_by_name(own, tmp_path, file, content):
+    put(tmp_path / "own", "1.png", "2.png")
+    data.open_store(own(), "train").images.path.with_name(file).write_bytes(content)
+    with pytest.raises(UserError, match="is damaged .*delete it"):
+        data.open_store(own(), "train")
+
+
+# ---------------------------------------------------------------------------- nothing left out
+
+
+def test_what_is_left_out_is_said_at_every_start(own, tmp_path):
+    put(tmp_path / "own", *[f"train/{c}/{i}.png" for c in ("cat", "dog") for i in range(4)],
+        "test/cat/1.png", "train/cat/new.heic", "train/dog/noname", "notes.csv", "more.parquet",
+        "train/cat/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "train/cat/._1.png")
+    cats = tmp_path / "own" / "train" / "cat"
+    (cats / "empty.jpg").write_bytes(b"")
+    (cats / "text.png").write_text("no image")
+    (cats / "cut.png").write_bytes(png(0)[:900])
+    data.Image.fromarray(np.full((50, 50), 40000, np.uint16)).save(cats / "deep.png")
+    for _ in range(2):
+        summary = data.open_store(own(), "train").summary
+        for words in ("12 of train, 1 of test", "8 of cat, 4 of dog", "8 of 12 are used",
+                      "4 images cannot be read", "1 .heic", "1 without extension", "1 .csv",
+                      "1 .parquet", "1 .jpg", "more than 8 bits"):
+            assert words in summary.replace("1 of test, 12 of train", "12 of train, 1 of test")
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"), OSError(errno.ENOENT, "No such file"),
+    OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_a_failure_that_may_pass_leaves_no_store_of_fewer_images(
+        own, tmp_path, monkeypatch, error):
+    put(tmp_path / "own", *[f"{i}.png" for i in range(4)])
+    decode, calls = data.decode, []
+
+    def breaks(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return decode(*arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="nothing was left out"):
+        patch.setattr(data, "decode", breaks)
+        data.open_store(own(), "train")
+    assert not stores(own()) and len(data.open_store(own(), "train")) == 4
+
+
+def test_a_picture_beside_parquet_files_does_not_hide_them(own, tmp_path):
+    tables(tmp_path, [0, 1] * 3)
+    (tmp_path / "own" / "logo.png").write_bytes(png(0)[:500])
+    store = data.open_store(own(), "train")
+    assert len(store) == 6 and "left out: 1 .png" in store.summary
+
+
+def test_a_word_of_a_parquet_files_name_makes_no_split(own, tmp_path):
+    for number, name in enumerate(("airport", "harbour", "train_station")):
+        tables(tmp_path / name, [0] * 3, first=10 * number)
+        (tmp_path / "own").mkdir(exist_ok=True)
+        shutil.move(tmp_path / name / "own" / "train.parquet", tmp_path / "own" / f"{name}.parquet")
+    assert len({image.tobytes() for image in pixels(data.open_store(own(), "train"))}) == 9
+
+
+def test_the_parts_of_a_parquet_split_belong_together(own, tmp_path):
+    tables(tmp_path, [0, 1], [1])
+    folder = tmp_path / "own"
+    for part in (1, 2):
+        shutil.copy(folder / "train.parquet", folder / f"train-0000{part}-of-00003.parquet")
+    os.rename(folder / "train.parquet", folder / "train-00000-of-00003.parquet")
+    assert [len(data.open_store(own(), split)) for split in ("train", "test")] == [6, 1]
+
+
+# ---------------------------------------------------------------------------- folders
+
+
+def splits(*names: str) -> dict:
+    return data.folder_splits(list(names))
+
+
+def test_class_folders_may_be_called_like_a_split():
+    names = [f"{c}/{i}.jpg" for c in ("bus", "car", "train", "test_tube") for i in (1, 2)]
+    (split,) = splits(*names).items()
+    assert split[0] == "train" and {*split[1].values()} == {"bus", "car", "train", "test_tube"}
+    found = splits(*[f"{s}/{c}/1.jpg" for s in ("train", "test") for c in ("bus", "train")])
+    assert [[*some.values()] for some in found.values()] == [["bus", "train"]] * 2
+
+
+def test_a_file_may_be_called_like_a_split():
+    assert [*splits("IMG_1.jpg", "train_station.jpg", "test.jpg")] == ["train"]
+
+
+@pytest.mark.parametrize("first, second", [
+    ("Train", "Test"), ("Training", "Testing"), ("train", "val"), ("seg_train", "seg_test"),
+    ("train_images", "test_images"), ("Train Images", "Test Images"), ("train2017", "val2017"),
+    ("training_set/training_set", "test_set/test_set"), ("data/train-01", "data/dev-02"),
+])
+def test_splits_are_found_by_what_people_call_them(first, second):
+    found = splits(f"{first}/cat/1.jpg", f"{first}/dog/2.jpg", f"{second}/cat/3.jpg")
+    assert len(found) == 2 and len({*found} & {*data.TRAIN}) == len({*found} & {*data.TEST}) == 1
+    learned, tested = found.values()
+    assert [*learned.values(), *tested.values()] == ["cat", "dog", "cat"]
+
+
+def test_a_third_folder_beside_the_splits_is_neither():
+    found = splits("seg_train/seg_train/sea/1.jpg", "seg_train/seg_train/ice/2.jpg",
+                   "seg_test/seg_test/sea/3.jpg", "seg_pred/seg_pred/4.jpg")
+    assert {split: [*some.values()] for split, some in found.items()} == dict(
+        train=["sea", "ice"], test=["sea"], pred=[None])
+    found = splits("train/cat/1.jpg", "test/cat/2.jpg", "new/3.jpg", "4.jpg")
+    assert {split: [*names] for split, names in found.items()} == {
+        "train": ["train/cat/1.jpg"], "test": ["test/cat/2.jpg"], "new": ["new/3.jpg"],
+        "": ["4.jpg"]}
+
+
+def test_splits_may_be_below_the_classes():
+    found = splits(*[f"{c}/{s}/1.jpg" for c in ("cat", "dog") for s in ("train", "test")])
+    assert {split: [*some.values()] for split, some in found.items()} == dict(
+        train=["cat", "dog"], test=["cat", "dog"])
+
+
+def test_numbered_parts_are_no_splits():
+    assert [*splits("part_1/1.jpg", "part_2/2.jpg")] == ["train"]
+
+
+def test_folders_around_the_splits_do_not_matter():
+    found = splits("a/b/train/cat/1.jpg", "a/b/train/dog/2.jpg", "a/b/test/cat/3.jpg")
+    assert {*found} == {"train", "test"} and found["train"]["a/b/train/dog/2.jpg"] == "dog"
+    assert [*splits("a/images/1.jpg", "a/images/2.jpg")] == ["train"]
+    found = splits("training/train/cat/1.png", "training/val/dog/2.png")
+    assert {name: len(files) for name, files in found.items()} == dict(train=1, val=1)
+
+
+def test_images_below_a_class_folder_have_its_class():
+    found = splits("train/n01/images/1.JPEG", "train/n02/images/2.JPEG", "val/images/3.JPEG")
+    assert [*found["train"].values()] == ["n01", "n02"]
+    assert splits("cat/1.jpg", "dog/2.jpg", "3.jpg")["train"]["3.jpg"] is None
+
+
+@pytest.mark.parametrize("names, words", [
+    (["part_1/1.png", "part_2/2.png"], "1 of part_1, 1 of part_2"),
+    (["images/1.png", "images/2.png", "masks/1.png"], "2 of images, 1 of masks"),
+    (["train/1.png", "test/2.png", "more/3.png", "more/4.png"], "2 of more"),
+])
+def test_what_is_taken_for_classes_and_splits_is_said_with_counts(own, tmp_path, names, words):
+    put(tmp_path / "own", *names)
+    assert words in data.open_store(own(), "train").summary
+
+
+def test_a_split_that_is_not_there_is_refused_by_name(own, tmp_path):
+    put(tmp_path / "own", "val/1.png", "test/2.png")
+    with pytest.raises(UserError, match="no split 'train', only test, val"):
+        data.open_store(own(), "train")
+
+
+def test_a_test_split_of_one_class_keeps_its_labels(own, tmp_path):
+    put(tmp_path / "own", "train/cat/1.png", "train/dog/2.png", "test/cat/3.png")
+    found = [data.open_store(own(), split) for split in ("train", "test")]
+    assert [of(store) for store in found] == [["cat", "dog"], ["cat"]]
+
+
+def test_links_are_followed_but_not_in_circles(own, tmp_path, monkeypatch):
+    put(tmp_path, "elsewhere/1.png", "elsewhere/2.png", "own/dog/3.png", "own/4.png")
+    folder = tmp_path / "own"
+    (folder / "cat").symlink_to(tmp_path / "elsewhere")
+    (folder / "dog" / "up").symlink_to(folder)
+    (folder / "dog" / "self").symlink_to(".")
+    (folder / "itself.png").symlink_to("itself.png")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    store = data.open_store(own(), "train")
+    assert sorted(map(str, of(store))) == ["None", "cat", "cat", "dog"]
+    monkeypatch.chdir(folder)
+    assert len(data.open_store(own(dataset="."), "train")) == 4
+
+
+def test_two_links_to_a_folder_are_two_splits(own, tmp_path):
+    put(tmp_path / "own", "src/cat/1.png", "src/dog/2.png")
+    for link in ("train", "test"):
+        (tmp_path / "own" / link).symlink_to("src")
+    assert [len(data.open_store(own(), split)) for split in ("train", "test")] == [2, 2]
+
+
+def test_a_cache_and_a_run_inside_the_data_are_not_read_as_data(own, tmp_path, monkeypatch):
+    put(tmp_path / "own", *[f"{i}.png" for i in range(16)])
+    monkeypatch.chdir(tmp_path / "own")
+    cfg = own(dataset=".", cache_dir="cache", run_dir="")
+    for epochs in (1, 2):
+        cfg = dataclasses.replace(cfg, epochs=epochs)
+        train.main(cfg)
+        put(cfg.run_path, "plot.png")
+    assert cfg.run_path.parent.name == "runs" and len(data.open_store(cfg, "train")) == 16
+
+
+@pytest.mark.parametrize("name", ["[2024] photos", "a*b?", "~", "{x}", "#1%20"])
+@pytest.mark.parametrize("kind", ["files", "disk", "parquet"])
+def test_a_folders_name_is_no_pattern(own, tmp_path, name, kind):
+    fill(tmp_path / name, 0, kind)
+    assert len(data.open_store(own(dataset=str(tmp_path / name)), "train")) == 8
+
+
+def test_names_that_are_no_utf8_or_have_escapes_are_read_and_printed_without(own, tmp_path):
+    put(tmp_path / "own", "a/1.png", "b/2.png", "\x1b[31mred/3.png")
+    folder = os.fsencode(tmp_path / "own")
+    os.rename(folder + b"/a/1.png", folder + b"/a/caf\xe9.png")
+    (tmp_path / "own" / "b" / "\x1b]0;title\x07.png").write_bytes(b"broken")
+    store = data.open_store(own(), "train")
+    assert len(store) == 3 and "\x1b" not in store.summary and "?[31mred" in store.summary
+    store.summary.encode()
+    assert "\udce9" not in "".join(store.names(np.arange(3)))
+
+
+@pytest.mark.parametrize("name", ["shapes", "cifar10"])
+def test_a_folder_that_is_called_like_a_named_data_set_has_to_be_told_apart(
+        own, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, f"{name}/1.png")
+    with pytest.raises(UserError, match=rf"\./{name}"):
+        train.main(own(dataset=name))
+    train.main(own(dataset=f"./{name}", batch_size=1))
+    assert len(data.open_store(own(dataset=f"./{name}"), "train")) == 1
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = parse(Config, ["--run_dir=~/run", "--cache_dir=~/cache", "--dataset=~"])
+    assert (cfg.run_dir, cfg.cache_dir, cfg.dataset) == (
+        f"{tmp_path}/run", f"{tmp_path}/cache", str(tmp_path))
+
+
+# ---------------------------------------------------------------------------- nothing outside
+
+
+@pytest.mark.parametrize("part, file", [
+    ("../other", ""), ("..", ""), ("train", "../../other/{}"), ("train", "{root}/other/{}")])
+def test_saved_tables_that_name_files_outside_of_their_folder_are_refused(
+        own, tmp_path, monkeypatch, part, file):
+    fill(tmp_path / "other", 0, "disk")
+    fill(tmp_path / "own" / "train", 50, "disk")
+    (arrow,) = (tmp_path / "other").glob("*.arrow")
+    (tmp_path / "own" / "dataset_dict.json").write_text(f'{{"splits": ["{part}"]}}')
+    if file:
+        name = file.format(arrow.name, root=tmp_path)
+        state = f'{{"_data_files": [{{"filename": "{name}"}}]}}'
+        (tmp_path / "own" / "train" / "state.json").write_text(state)
+    monkeypatch.setattr(datasets, "load_from_disk", None)  # not even asked
+    with pytest.raises(UserError, match="no file .* in it"):
+        data.open_store(own(), "train")
+
+
+@pytest.mark.parametrize("name", ["train/state.json", "train/dataset_info.json", "train/*.arrow"])
+def test_a_pipe_in_the_place_of_a_file_hangs_nothing(own, tmp_path, monkeypatch, name):
+    fill(tmp_path / "own" / "train", 0, "disk")
+    (tmp_path / "own" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (path,) = (tmp_path / "own").glob(name)
+    path.unlink()
+    os.mkfifo(path)
+    monkeypatch.setattr(datasets, "load_from_disk", None)
+    with pytest.raises(UserError, match="no file .* in it"):
+        data.open_store(own(), "train")
+
+
+def test_a_pipe_beside_images_hangs_nothing(own, tmp_path):
+    put(tmp_path / "own", "1.png", "2.png")
+    for name in ("pipe.png", "README.md", "state.json"):
+        os.mkfifo(tmp_path / "own" / name)
+    assert len(data.open_store(own(), "train")) == 2
+
+
+# ---------------------------------------------------------------------------- hub and clusters
+
+
+def test_a_local_copy_of_several_configurations_takes_one_by_name(own, tmp_path):
+    card = ["---", "configs:"]
+    for name, count in (("small", 4), ("large", 6)):
+        tables(tmp_path / name, [0] * count)
+        (tmp_path / "own" / name).mkdir(parents=True)
+        shutil.move(tmp_path / name / "own" / "train.parquet", tmp_path / "own" / name)
+        card += [f"- config_name: {name}", f"  data_files: {name}/*.parquet"]
+    (tmp_path / "own" / "README.md").write_text("\n".join([*card, "---", ""]))
+    with pytest.raises(UserError, match="small.*large"):
+        data.open_store(own(), "train")
+    found = [data.open_store(own(dataset_config=name), "train") for name in ("small", "large")]
+    assert [len(store) for store in found] == [4, 6]
+
+
+def test_a_readme_of_ones_own_is_no_data_card(own, tmp_path):
+    put(tmp_path / "own", "1.png", "2.png")
+    (tmp_path / "own" / "README.md").write_bytes(b"my caf\xe9")
+    assert len(data.open_store(own(), "train")) == 2
+
+
+def test_files_of_the_hubs_cache_are_read_behind_a_link(own, tmp_path, monkeypatch):
+    put(tmp_path, "disk/hub/1.png", "private/2.png")
+    (tmp_path / "cache").symlink_to("disk")
+    asked = []
+
+    def from_hub(what, instead, load, *arguments, **options):
+        asked.append((arguments, options))
+        paths = [str(tmp_path / name) for name in ("disk/hub/1.png", "private/2.png")]
+        rows = datasets.Dataset.from_dict(dict(image=paths))
+        return dict(train=rows.cast_column("image", datasets.Image()))
+
+    monkeypatch.setattr(data, "from_hub", from_hub)
+    monkeypatch.setattr(data, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    store = data.open_store(own(dataset="me/pets@v1.0", cache_dir=str(tmp_path / "c")), "train")
+    assert len(store) == 1 and "outside the data set's folder" in store.summary
+    assert asked == [(("me/pets", None), dict(revision="v1.0"))]
+
+
+def test_another_processs_lock_is_waited_for_with_a_word(tmp_path, monkeypatch, caplog):
+    class Held:
+        def __init__(self, path):
+            self.waits = []
+
+        def acquire(self, timeout=-1):
+            self.waits.append(timeout)
+            if timeout >= 0:
+                raise data.Timeout("lock")
+
+        def release(self):
+            assert self.waits == [5, -1]
+
+    monkeypatch.setattr(data, "FileLock", Held)
+    monkeypatch.setattr(data.log, "propagate", True)
+    with caplog.at_level("INFO"), data.locked(tmp_path / "x.lock"):
+        assert f"waiting for {tmp_path / 'x.lock'}, which another" in caplog.text
+    with pytest.raises(data.Timeout), data.locked(tmp_path / "x.lock", wait=False):
+        pass
+
+
+@pytest.mark.parametrize("error", [
+    NotImplementedError(), OSError(errno.ENOLCK, "No locks"), OSError(errno.ENOTSUP, "No")])
+def test_a_disk_without_locks_does_without(own, tmp_path, monkeypatch, caplog, error):
+    class None_(data.FileLock):
+        def acquire(self, *arguments, **named):
+            raise error
+
+    put(tmp_path / "own", "1.png")
+    monkeypatch.setattr(data, "FileLock", None_)
+    monkeypatch.setattr(data.log, "propagate", True)
+    assert len(data.open_store(own(), "train")) == 1
+    assert "run one process at a time" in caplog.text
+
+
+def test_a_disk_that_does_not_synchronise_folders_will_do(own, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def files_only(file):
+        if os.path.isdir(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return fsync(file)
+
+    put(tmp_path / "own", "1.png")
+    monkeypatch.setattr(os, "fsync", files_only)
+    train.main(own(batch_size=1))
+
+
+def test_a_store_that_does_not_fit_is_refused_before_it_is_decoded(own, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=5000)))
     with pytest.raises(UserError, match="do not fit into .*--max_samples"):
-        data.open_store(tiny(cache_dir=str(tmp_path)), "train", 80)
-    assert not list(tmp_path.glob("stores/*.tmp")) and os.listdir(tmp_path / "stores")
+        data.open_store(own(dataset="shapes"), "train", 80)
+    assert not stores(own())
 
 
-def test_a_test_split_of_one_class_keeps_its_labels(tiny, tmp_path):
-    for name in ("train/cat/1.png", "train/dog/2.png", "test/cat/3.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(png(1))
-    stores = [data.open_store(tiny(dataset=str(tmp_path)), split) for split in ("train", "test")]
-    assert [store.labels.tolist() for store in stores] == [[0, 1], [0]]
+# ---------------------------------------------------------------------------- names of classes
 
 
-def test_a_picture_beside_parquet_files_does_not_hide_them(tiny, tmp_path):
-    cells = [dict(bytes=png(i), path=None) for i in range(5)]
-    table = datasets.Dataset.from_dict(dict(image=cells))
-    (tmp_path / "p").mkdir()
-    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "p" / "train.parquet")
-    (tmp_path / "p" / "logo.png").write_bytes(png(9))
-    assert len(data.open_store(tiny(dataset=str(tmp_path / "p")), "train")) == 5
+def test_class_names_are_the_same_in_whatever_form_a_split_has_them(own, tmp_path):
+    words = datasets.ClassLabel(names=["ant", "café"])
+    apart = unicodedata.normalize("NFD", "café")
+    for given, kind, expected in (
+            ([0, 1, -1, None], words, ["ant", "café", None, None]),
+            (["ant", apart, "", None], datasets.Value("string"), ["ant", "café", None, None]),
+            ([9, 10, -1, None], datasets.Value("int64"), ["9", "10", None, None]),
+            ([9.0, 10.0, float("nan"), 0.5], datasets.Value("float32"), ["9", "10", None, "0.5"]),
+            (["9", "10", "-1", None], datasets.Value("string"), ["9", "10", "-1", None])):
+        shutil.rmtree(tmp_path / "own", ignore_errors=True)
+        rows = dict(image=[dict(bytes=png(i), path=None) for i in range(4)], label=given)
+        rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        rows.cast_column("label", kind).save_to_disk(tmp_path / "own")
+        assert of(data.open_store(own(), "train")) == expected
 
 
-def test_archives_nested_splits_and_two_links_to_a_folder_do_not_confuse(tiny, tmp_path):
-    split = data.image_splits(["training/train/cat/1.png", "training/val/dog/2.png"])
-    assert {name: len(files) for name, files in split.items()} == dict(train=1, val=1)
-    for name in ("a/src/cat/1.png", "a/src/dog/2.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(png(1))
-    (tmp_path / "a" / "backup.zip").write_bytes(b"PK")
-    for link in ("train", "test"):
-        (tmp_path / "a" / link).symlink_to("src")
-    assert len(data.list_files(str(tmp_path / "a"))) == 6
-
-
-def test_a_label_column_of_the_evaluation_may_be_missing_in_training(tiny, tmp_path):
-    rows = datasets.Dataset.from_dict(dict(image=[dict(bytes=png(i), path=None) for i in range(4)]))
-    rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "disk"))
-    stores = [data.open_store(tiny(dataset=str(tmp_path / "disk"), label_column=column), "train")
-              for column in ("", "breed")]
-    assert stores[0].fingerprint == stores[1].fingerprint and stores[1].labels.max() == -1
+@pytest.mark.parametrize("column", ["boxes", "missing", "image"])
+def test_a_column_that_holds_no_classes_gives_no_labels(own, tmp_path, column):
+    rows = dict(image=[dict(bytes=png(0), path=None)], boxes=[[1, 2]])
+    rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    rows.save_to_disk(tmp_path / "own")
+    assert data.open_store(own(), "train").labels(column).tolist() == [None]

@@ -6,6 +6,7 @@ import pytest
 
 import model
 import train
+from config import Config
 from demo import make_teacher
 from examples import figures
 from test_smoke import latest
@@ -32,5 +33,5 @@ def test_the_demos_teacher_is_trained_and_loads(tmp_path, monkeypatch, capsys):
     make_teacher.main()
     accuracies = [float(line.split()[-1][:-1]) for line in capsys.readouterr().out.splitlines()]
     assert accuracies[-1] > accuracies[0] + 2
-    teacher = model.load_teacher("demo", 32)
-    assert teacher.grid == (4, 4) and teacher.embed_dim == 96
+    teacher = model.load_teacher(Config(teacher="demo", teacher_size=32))
+    assert teacher.grid == (4, 4) and teacher.cls_dim == teacher.patch_dim == 96

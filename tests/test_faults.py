@@ -4,6 +4,7 @@ results/faults/kill.py does the same with SIGKILL, at random instants and many t
 """
 
 import contextlib
+import dataclasses
 import os
 import resource
 import signal
@@ -17,8 +18,10 @@ import torch
 from filelock import FileLock
 
 import config
+import data
 import train
 from config import Config, UserError
+from test_smoke import stop_at
 
 ROOT = Path(__file__).parents[1]
 # So that files are, in ascending order: images.u8 245,760 bytes, the cached targets, a checkpoint.
@@ -110,3 +113,40 @@ def test_a_signal_saves_says_how_to_go_on_and_sets_the_status(tmp_path, undistur
     assert "run the same command to continue" in text and "Traceback" not in text
     train.main(cfg)
     assert same(state(tmp_path), undisturbed)
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with train.stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert received == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_that_began_afresh_is_told_to_continue_without_no_resume(tiny, monkeypatch):
+    cfg = tiny(resume=False)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 3, signal.SIGTERM)
+        train.main(cfg)
+    assert "the same command without --no_resume" in (cfg.run_path / "train.log").read_text()
+    assert train.main(dataclasses.replace(cfg, resume=True))["step"] == 10
+
+
+def test_a_file_of_a_wrong_size_is_refused_as_such(tiny, tmp_path):
+    cfg = tiny(cache_dir=str(tmp_path / "cache"))
+    train.main(cfg)
+    for path in ("targets/*/view_0.i8", "stores/shapes-train*/images.u8"):
+        (file,) = (tmp_path / "cache").glob(path)
+        os.truncate(file, file.stat().st_size - 1)
+        with pytest.raises(UserError, match="bytes, not .*: delete"):
+            train.main(dataclasses.replace(cfg, resume=False))
+
+
+def test_a_cache_that_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
+    data.open_store(tiny(), "train", 80)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=5000)))
+    with pytest.raises(UserError, match="do not fit into .*--teacher_views"):
+        train.main(tiny(teacher_views=9, epochs=10, seed=9))

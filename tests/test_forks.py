@@ -1,62 +1,185 @@
-"""Each fork of examples/forks trains, continues to the bit, is evaluated and exported.
+"""Changes of the method that are right when written naively: each trains, continues to the bit, is
+evaluated and exported.
 
-Three epochs with one cached view, so that the cache is filled and read. A new fork adds a line.
+The files of examples/forks, and here what a researcher would write in ten minutes. Three epochs
+with one cached view, so that the cache is filled and read. A new fork adds a line.
 """
 
 import dataclasses
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.models import register_model
+from torch import nn
 
+import data
 import eval as evaluation
 import model
 import train
-from config import EvalConfig
-from examples.forks import ema, jitter, masked, middle, queue_kl
-from test_smoke import latest, metrics, same, stop_at
+from config import DATASETS, EvalConfig, UserError
+from examples.forks import ema, gram, jitter, labels, masked, middle, queue_kl
+from test_smoke import TINY, latest, metrics, same
 
-FORKS = [model.Distiller, masked.Masked, queue_kl.QueueKL, ema.EMA, middle.Middle, jitter.Jitter]
+ROOT = Path(__file__).parents[1]
+SMALL = "embed_dim=48 depth=2 num_heads=2 patch_size=8"
+
+
+class Dropping(model.Distiller):
+    """The student sees half of its patches."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        student.net.patch_drop.register_forward_hook(self.drop)
+
+    def drop(self, module, inputs, tokens):
+        if module.training:
+            first, patches = tokens[:, : self.student.prefix], tokens[:, self.student.prefix :]
+            order = torch.rand(patches.shape[:2], device=tokens.device).argsort(1)
+            self.kept = order[:, : patches.shape[1] // 2, None]
+            return torch.cat([first, patches.take_along_dim(self.kept, 1)], 1)
+
+    def losses(self, features, target):
+        kept = target[:, 1:].take_along_dim(self.kept, 1)
+        return super().losses(features, torch.cat([target[:, :1], kept], 1))
+
+
+class MultiCrop(model.Distiller):
+    """Small crops of the view are to have its embedding, too."""
+
+    def forward(self, images, target):
+        loss, stats = super().forward(images, target)
+        size = images.shape[-1]
+        local = []
+        for _ in range(2):
+            x, y = torch.randint(size // 2, (2,)).tolist()
+            crop = images[..., y : y + size // 2, x : x + size // 2]
+            cls = self.embed(self.student, F.interpolate(crop, size=(size, size))).cls
+            cls = self.cls_head.predict(cls)
+            local.append(model.cosine_loss(cls, target[:, 0, : cls.shape[-1]]).mean())
+        local = torch.stack(local).mean()
+        return loss + local, stats | dict(local=local)
+
+
+class CutMix(model.Distiller):
+    """A column of each image comes from another one, by numpy's global generator."""
+
+    def forward(self, images, target):
+        order = np.random.permutation(len(images))
+        rows, columns = self.student.grid
+        width = np.random.randint(columns)
+        mixed = images.clone()
+        pixels = width * images.shape[-1] // columns
+        mixed[..., :pixels] = images[order][..., :pixels]
+        patches = target[:, 1:].unflatten(1, (rows, columns)).clone()
+        patches[:, :, :width] = patches[order][:, :, :width]
+        share = width / columns
+        cls = (1 - share) * target[:, :1] + share * target[order, :1]
+        return super().forward(mixed, torch.cat([cls, patches.flatten(1, 2)], 1))
+
+
+class RawGram(model.Distiller):
+    """The Gram matrix of the raw patches: cached as they are, as wide as the teacher's."""
+
+    def targets(self, features):
+        raw = F.normalize(self.on_student_grid(features).patches.float(), dim=-1)
+        return model.concatenate_tokens(super().targets(features), raw)
+
+    def losses(self, features, target):
+        N = features.patches.shape[1]
+        loss, stats = super().losses(features, target[:, : 1 + N])
+        student = F.normalize(features.patches.float(), dim=-1)
+        teacher = F.normalize(target[:, 1 + N :], dim=-1)
+        gram_loss = (student @ student.mT - teacher @ teacher.mT).square().mean()
+        return loss + gram_loss, stats | dict(gram=gram_loss)
+
+
+FORKS = [model.Distiller, masked.Masked, queue_kl.QueueKL, ema.EMA, middle.Middle, jitter.Jitter,
+         labels.Labels, gram.Gram, Dropping, MultiCrop, CutMix, RawGram]
 
 
 def state(cfg) -> dict:
     return torch.load(latest(cfg), weights_only=True)["objective"]
 
 
+def stop_after(monkeypatch, steps: int) -> None:
+    """Send this process SIGTERM in the given step, counted from where the run begins."""
+    inner, left = torch.amp.GradScaler.update, [steps]
+
+    def update(self, *arguments):
+        inner(self, *arguments)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "update", update)
+
+
+def continues(cfg, tmp_path, monkeypatch, objective=model.Distiller):
+    """A run, which must have the weights of one that is stopped twice and continued; its Config."""
+    train.main(cfg, objective=objective)
+    stopped = dataclasses.replace(cfg, run_dir=str(tmp_path / "stopped"))
+    for steps in (3, 6):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stop_after(patch, steps)
+            train.main(stopped, objective=objective)
+    train.main(stopped, objective=objective)
+    assert same(state(cfg), state(stopped))
+    return stopped
+
+
+def check_export(cfg) -> None:
+    """timm alone embeds with the exported file as the checkpoint's student does."""
+    with safetensors.safe_open(cfg.run_path / "student.safetensors", "pt") as file:
+        how = json.loads(file.metadata()["student"])
+    plain = timm.create_model(how["model"], **how["args"], num_classes=0).eval()
+    plain.load_state_dict(safetensors.torch.load_file(cfg.run_path / "student.safetensors"))
+    saved, _ = model.load_checkpoint(cfg.run_path)
+    student = model.build_student(cfg, saved["student"])
+    images = torch.rand(2, 3, cfg.student_size, cfg.student_size)
+    with torch.inference_mode():
+        got = plain((images - student.mean) / student.std)
+        assert torch.allclose(got, student(images).cls, atol=1e-5)
+
+
 @pytest.mark.parametrize("fork", FORKS)
 def test_a_fork_keeps_every_promise(tiny, tmp_path, monkeypatch, fork):
-    args = "embed_dim=48 depth=2 num_heads=2 patch_size=8"
-    straight = tiny(epochs=3, teacher_views=1, student_args=args)
-    train.main(straight, objective=fork)
-    cfg = dataclasses.replace(straight, run_dir=str(tmp_path / "stopped"))
-    for step in (3, 9):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            stop_at(patch, step, signal.SIGTERM)
-            train.main(cfg, objective=fork)
-    train.main(cfg, objective=fork)
-    assert same(state(straight), state(cfg))
+    cfg = tiny(epochs=3, teacher_views=1, student_args=SMALL)
+    cfg = continues(cfg, tmp_path, monkeypatch, fork)
+    row = evaluation.main(EvalConfig((latest(cfg),), baselines=False, max_train=80, max_test=80))
+    assert 0 <= row[-1]["knn20"] <= 1
+    check_export(cfg)
 
-    row = evaluation.main(EvalConfig((latest(cfg),), baselines=False))[-1]
-    assert 0 <= row["knn20"] <= 1
-    exported = safetensors.torch.load_file(cfg.run_path / "student.safetensors")
-    with safetensors.safe_open(cfg.run_path / "student.safetensors", "pt") as file:
-        arguments = json.loads(file.metadata()["student"])["args"]
-    plain = timm.create_model(cfg.student, num_classes=0, **arguments)
-    plain.load_state_dict(exported)
-    saved = torch.load(latest(cfg), weights_only=True)
-    assert same(exported, saved["student"])
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fork", FORKS)
+def test_a_fork_trains_where_the_grids_differ_and_nothing_is_cached(tiny, tmp_path, monkeypatch,
+                                                                    fork):
+    cfg = tiny(epochs=3, teacher_views=0, student_size=48, student_args=SMALL)
+    continues(cfg, tmp_path, monkeypatch, fork)
 
 
 def test_forks_with_other_targets_have_a_cache_of_their_own(tiny, tmp_path):
     changes = dict(cache_dir=str(tmp_path / "cache"), epochs=1, teacher_views=1)
-    folders = []
+    counts = {}
     for fork in FORKS:
         train.main(tiny(run_dir=str(tmp_path / fork.__name__), **changes), objective=fork)
-        folders.append(len(list((tmp_path / "cache" / "targets").iterdir())))
-    assert folders == [1, 1, 1, 1, 2, 3], "the middle layer's, and the jittered views'"
+        counts[fork.__name__] = len(list((tmp_path / "cache" / "targets").iterdir()))
+    new = [name for name, before in zip(counts, [0, *counts.values()], strict=False)
+           if counts[name] > before]
+    assert new == ["Distiller", "Middle", "Jitter", "Gram", "RawGram"]
 
 
 def test_what_a_fork_registers_is_trained_or_carried_along(tiny, tmp_path):
@@ -68,6 +191,53 @@ def test_what_a_fork_registers_is_trained_or_carried_along(tiny, tmp_path):
     noise = torch.randn(queue.shape, generator=torch.Generator().manual_seed(0))
     noise = torch.nn.functional.normalize(noise, dim=1)
     assert torch.equal(queue[80:], noise[: len(noise) - 80]), "five batches of sixteen came in"
+
+
+def test_the_cached_gram_matrix_is_that_of_the_raw_patches(tiny):
+    cfg = tiny(student_size=48, student_args=SMALL)
+    teacher = model.load_teacher(cfg)
+    distiller = gram.Gram(model.build_student(cfg), teacher, cfg)
+    features = teacher(torch.rand(2, 3, 32, 32))
+    target = data.dequantise(data.quantise(distiller.targets(features)))
+    raw = model.resample_patches(features.patches, (4, 4), (6, 6))
+    unit = F.normalize(raw, dim=-1)
+    assert target.shape == (2, 1 + 36 + 36, 48)
+    assert (target[:, -36:, :36] - unit @ unit.mT).abs().max() < 0.01
+
+
+def test_labels_are_learned_beside_distillation(tiny):
+    cfg = tiny(epochs=8, teacher_views=1, student_args=SMALL, crop_scale=0.8)
+    train.main(cfg, objective=labels.Labels)
+    assert metrics(cfg)[-1]["cross_entropy"] < 0.97 * metrics(cfg)[0]["cross_entropy"]
+    with pytest.raises(UserError, match="no labels of two classes"):
+        train.main(dataclasses.replace(cfg, label_column="none", run_dir=f"{cfg.run_path}2"),
+                   objective=labels.Labels)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_labels_as_one_does(tiny, tmp_path):
+    cfg = tiny(epochs=3, teacher_views=1, student_args=SMALL, precision="fp32")
+    one = train.main(cfg, objective=labels.Labels)
+    flags = []
+    for name in (*TINY, "epochs", "teacher_views", "student_args", "cache_dir"):
+        flags += [f"--{name}", str(getattr(cfg, name))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "examples/forks/labels.py"), *flags]
+    processes = [subprocess.Popen(
+        [*command, "--run_dir", str(tmp_path / "two")], cwd=tmp_path,
+        stdout=subprocess.DEVNULL, env=dict(
+            os.environ, OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    two = metrics(dataclasses.replace(cfg, run_dir=str(tmp_path / "two")))[-1]
+    for name in ("loss", "cls", "patch", "cross_entropy"):
+        assert two[name] == pytest.approx(one[name], abs=1e-3), name
 
 
 class Hooked(model.Distiller):
@@ -86,16 +256,17 @@ class Hooked(model.Distiller):
 
 
 @pytest.mark.slow
-def test_hooks_are_called_in_compiled_networks_too(tiny, tmp_path):
+@pytest.mark.parametrize("fork", [Hooked, labels.Labels])
+def test_forks_compile(tiny, tmp_path, fork):
     cfg = tiny(epochs=1, teacher_views=1, log_every=1)
-    train.main(cfg, objective=Hooked)
+    train.main(cfg, objective=fork)
     changes = dict(run_dir=str(tmp_path / "on"), cache_dir=str(tmp_path / "afresh"), compile="on")
     compiled = dataclasses.replace(cfg, **changes)
-    train.main(compiled, objective=Hooked)
+    train.main(compiled, objective=fork)
     if "not compiled" in (compiled.run_path / "train.log").read_text():
         pytest.skip("torch.compile needs a C++ compiler")
     for eager, line in zip(metrics(cfg), metrics(compiled), strict=True):
-        assert eager["patch"] == pytest.approx(line["patch"], abs=1e-3)
+        assert eager["loss"] == pytest.approx(line["loss"], abs=2e-3)
 
 
 def test_a_fork_scales_learning_rates_and_returns_another_loss(tiny):
@@ -103,12 +274,199 @@ def test_a_fork_scales_learning_rates_and_returns_another_loss(tiny):
         def parameter_groups(self, weight_decay):
             return [dict(group, lr_scale=0.0) for group in super().parameter_groups(weight_decay)]
 
-        def forward(self, images, targets):
-            loss, stats = super().forward(images, targets)
-            return loss + 1, stats
+        def forward(self, images, target):
+            loss, stats = super().forward(images, target)
+            return loss + 1, stats | dict(mine=stats["cls"] * 2)
 
     cfg = tiny(epochs=1)
     line = train.main(cfg, objective=Still)
     assert line["loss"] == pytest.approx(1 + line["cls"] + cfg.patch_weight * line["patch"])
+    assert line["mine"] == pytest.approx(2 * line["cls"]), "a number of one's own is logged"
     saved = torch.load(latest(cfg), weights_only=True)
-    assert same(saved["student"], model.student_of(cfg).net.state_dict())
+    assert same(saved["student"], model.build_student(cfg).net.state_dict())
+
+
+# ---------------------------------------------------------------------------- networks and data
+
+
+class Both(nn.Module):
+    """Two teachers side by side, in training mode as they are made."""
+
+    pretrained_cfg = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    num_prefix_tokens = 1
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(
+            timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8,
+                              depth=1, drop_rate=0.5, proj_drop_rate=0.5, pos_drop_rate=0.5)
+            for _ in range(2))
+
+    def forward_features(self, images):
+        return torch.cat([part.forward_features(images) for part in self.parts], -1)
+
+    def forward_head(self, x, pre_logits=False):
+        return x[:, 0]
+
+
+@register_model
+def two_teachers(pretrained=False, **arguments):
+    torch.manual_seed(SEEDS["teacher"])  # in place of weights
+    return Both()
+
+
+class Pooled(nn.Module):
+    """A network of torchvision."""
+
+    pretrained_cfg = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+    def __init__(self, net):
+        super().__init__()
+        self.body = net.features
+
+    def forward_features(self, images):
+        return self.body(images)
+
+    def forward_head(self, x, pre_logits=False):
+        return x.mean((2, 3))
+
+    def forward(self, images):
+        return self.forward_head(self.forward_features(images))
+
+
+@register_model
+def mobilenet_of_torchvision(pretrained=False, **arguments):
+    torchvision = pytest.importorskip("torchvision")
+    return Pooled(torchvision.models.mobilenet_v3_small(weights=None))
+
+
+class Hidden(nn.Module):
+    """A ViT of transformers; its class token comes first."""
+
+    pretrained_cfg = Both.pretrained_cfg
+    num_prefix_tokens = 1
+
+    def __init__(self, size):
+        super().__init__()
+        from transformers import ViTConfig, ViTModel
+        config = ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=2,
+                           intermediate_size=96, image_size=size, patch_size=8)
+        self.net = ViTModel(config, add_pooling_layer=False)
+
+    def forward_features(self, images):
+        return self.net(images).last_hidden_state
+
+    def forward_head(self, x, pre_logits=False):
+        return x[:, 0]
+
+    def forward(self, images):
+        return self.forward_head(self.forward_features(images))
+
+
+@register_model
+def vit_of_transformers(pretrained=False, size=32, **arguments):
+    return Hidden(size)
+
+
+SEEDS = dict(teacher=0)
+
+
+def test_two_teachers_are_one_that_is_registered(tiny, tmp_path, monkeypatch):
+    cfg = tiny(epochs=3, teacher_views=1, teacher="two_teachers", student_args=SMALL)
+    cfg = continues(cfg, tmp_path, monkeypatch)
+    assert model.load_teacher(cfg).cls_dim == 2 * 192
+    args = EvalConfig((latest(cfg),), max_train=80, max_test=80)
+    rows = evaluation.main(args)
+    assert [row["model"] for row in rows[:1]] == ["teacher two_teachers"]
+    monkeypatch.setitem(SEEDS, "teacher", 1)  # another process has other weights
+    with pytest.raises(UserError, match="other weights"):
+        evaluation.main(args)
+    with pytest.raises(UserError, match="teacher"):
+        train.main(dataclasses.replace(cfg, epochs=4))
+    evaluation.main(dataclasses.replace(args, baselines=False))
+
+
+def test_a_registered_teacher_is_in_eval_mode(tiny):
+    cfg = tiny(teacher="two_teachers")
+    teacher, images = model.load_teacher(cfg), torch.rand(4, 3, 32, 32)
+    assert not any(module.training for module in teacher.net.modules())
+    with torch.inference_mode():
+        assert torch.equal(teacher(images).cls, teacher(images).cls)
+
+
+@pytest.mark.parametrize("student, package", [
+    ("mobilenet_of_torchvision", "torchvision"), ("vit_of_transformers", "transformers")])
+def test_a_student_of_another_library_trains(tiny, tmp_path, monkeypatch, student, package):
+    pytest.importorskip(package)
+    cfg = tiny(epochs=3, teacher_views=1, student=student, student_args="")
+    cfg = continues(cfg, tmp_path, monkeypatch)
+    check_export(cfg)
+    if package == "transformers":
+        built = model.build_student(cfg)
+        assert built.prefix == 1 and built.grid == (4, 4)
+        x = built.net.forward_features(torch.rand(2, 3, 32, 32))
+        assert torch.equal(built.to_features(x).cls, x[:, 0])
+        assert torch.equal(built.to_features(x).patches, x[:, 1:])
+
+
+def colours(shift: int):
+    """A data set of one's own: pictures of a colour, which is the class."""
+    def splits():
+        rng = np.random.default_rng(0)
+        found = {}
+        for split, count in dict(train=80, test=40).items():
+            pixels = rng.integers(0, 100, (count, 32, 32, 3)).astype(np.uint8)
+            for i in range(count):
+                pixels[i, ..., i % 3] += 100 + shift
+            columns = dict(picture=[Image.fromarray(image) for image in pixels],
+                           label=["red green blue".split()[i % 3] for i in range(count)])
+            features = datasets.Features(picture=datasets.Image(), label=datasets.Value("string"))
+            found[split] = datasets.Dataset.from_dict(columns, features)
+        return found
+    return splits
+
+
+def test_a_data_set_of_ones_own_is_known_by_its_content(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "mine", colours(0))
+    cfg = tiny(epochs=3, teacher_views=1, dataset="mine", student_args=SMALL,
+               cache_dir=str(tmp_path / "cache"))
+    cfg = continues(cfg, tmp_path, monkeypatch)
+    row = evaluation.main(EvalConfig((latest(cfg),), baselines=False))[-1]
+    assert row["knn20"] > 0.9 and (row["train_images"], row["test_images"]) == (80, 40)
+    first = data.open_store(cfg, "train")
+    monkeypatch.setitem(DATASETS, "mine", colours(20))  # a setting of the fork
+    second = data.open_store(cfg, "train")
+    assert first.fingerprint != second.fingerprint
+    index = np.arange(8)
+    difference = second.images[index].int() - first.images[index].int()
+    assert difference.amax((1, 2, 3)).eq(20).all() and second.labels()[1] == "green"
+    with pytest.raises(UserError, match="images"):
+        train.main(dataclasses.replace(cfg, epochs=4))
+
+
+def test_muon_brings_its_own_rate_by_lr_scale(tiny, tmp_path, monkeypatch):
+    """Naively, as a subclass of AdamW: matrices of blocks take Muon's steps, others AdamW's. The
+    patch of docs/recipes.md, which has an optimiser of its own for them, runs in test_docs.py."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch 2.9 has Muon")
+
+    class Scaled(model.Distiller):
+        def parameter_groups(self, weight_decay):
+            hidden = [p for p in self.student.net.blocks.parameters() if p.ndim == 2]
+            return [dict(params=hidden, lr_scale=20.0, weight_decay=weight_decay)]
+
+    rates = []
+
+    class Muon(torch.optim.Muon):
+        def __init__(self, groups, lr, fused):
+            super().__init__(groups, lr=lr)
+
+        def step(self, *arguments):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*arguments)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Muon)
+    cfg = tiny(epochs=3, teacher_views=1, student_args=SMALL, log_every=1)
+    continues(cfg, tmp_path, monkeypatch, Scaled)
+    expected = [20 * line["lr"] for line in metrics(cfg)]
+    assert rates[:15] == pytest.approx(expected) and rates[15:] == pytest.approx(expected)

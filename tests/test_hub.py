@@ -23,6 +23,7 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import timm
+from conftest import put
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,7 @@ needs_shared = pytest.mark.skipif(
 SMALL = (
     "--student vit_tiny_patch16_224 --student_args depth=1 --teacher_size 28 --student_size 32"
 ).split()
+SIZES = "--teacher_size 32 --student_size 32".split()
 
 
 def environment(tmp_path: Path, endpoint: str) -> dict:
@@ -44,12 +46,12 @@ def environment(tmp_path: Path, endpoint: str) -> dict:
     )
 
 
-def call(tmp_path: Path, endpoint: str, *command: str) -> subprocess.CompletedProcess:
+def call(tmp_path: Path, endpoint: str, *command: str, **env) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / command[0]), *command[1:]]
     return subprocess.run(
         command,
         cwd=tmp_path,
-        env=environment(tmp_path, endpoint),
+        env=environment(tmp_path, endpoint) | env,
         capture_output=True,
         text=True,
         timeout=400,
@@ -99,7 +101,8 @@ def test_the_default_path_downloads_trains_and_evaluates(tmp_path):
             "100",
         )
         assert evaluated.returncode == 0, evaluated.stderr[-3000:]
-        rows = json.loads((checkpoint.parent / "eval.json").read_text())
+        (written,) = checkpoint.parent.glob("eval-cifar10-*.json")
+        rows = json.loads(written.read_text())
         assert rows[0]["model"] == "teacher dinov2_vits14" and "linear" in rows[-1]
         wrong = call(tmp_path, endpoint, "train.py", "--dataset", "uoft-cs/cifar11", *SMALL)
         assert wrong.returncode == 2 and "the name may be wrong or private" in wrong.stderr
@@ -126,21 +129,24 @@ def small_cifar(folder: Path, **classes: int) -> str:
 
 @needs_shared
 def test_cifar100_is_evaluated_by_its_fine_labels(tmp_path):
-    with hub(small_cifar(tmp_path / "cifar100", fine_label=100, coarse_label=20)) as endpoint:
+    with hub(small_cifar(tmp_path / "hub" / "cifar100", fine_label=8, coarse_label=2)) as endpoint:
         flags = "--dataset cifar100 --teacher demo --epochs 1 --batch_size 40"
-        sizes = "--student_args depth=1 --teacher_size 32 --student_size 32"
-        done = call(tmp_path, endpoint, "train.py", *flags.split(), *sizes.split(), *SMALL[:2])
+        done = call(tmp_path, endpoint, "train.py", *flags.split(), *SIZES, *SMALL[:4])
     assert done.returncode == 0, done.stderr[-3000:]
-    (info,) = (tmp_path / "cache" / "stores").glob("cifar100-train-*/info.json")
-    assert json.loads(info.read_text())["labels"] == list(range(40))
+    (run,) = map(str, tmp_path.glob("runs/*/"))
+    done = call(tmp_path, "http://127.0.0.1:9", "eval.py", run, "--save_features", "features")
+    assert done.returncode == 0, done.stderr[-3000:]
+    with safetensors.safe_open(tmp_path / "features" / "test.safetensors", "np") as file:
+        assert json.loads(file.metadata()["classes"]) == [str(number) for number in range(8)]
+        assert file.get_tensor("labels").tolist() == [i % 8 for i in range(40)]
 
 
 @needs_shared
 def test_the_commands_of_the_missing_rows(tmp_path):
     """Four of results/dinov2, which have each teacher with each student and each data set, but on
     forty images, for one epoch, and one of them with evaluation."""
-    repositories = [small_cifar(tmp_path / "cifar10", label=10),
-                    small_cifar(tmp_path / "cifar100", fine_label=100, coarse_label=20)]
+    repositories = [small_cifar(tmp_path / "hub" / "cifar10", label=10),
+                    small_cifar(tmp_path / "hub" / "cifar100", fine_label=100, coarse_label=20)]
     for size in ("small", "base"):
         net = timm.create_model(f"vit_{size}_patch14_dinov2", num_classes=0)
         (tmp_path / size).mkdir()
@@ -175,16 +181,31 @@ def test_one_of_several_configurations_is_trained_on_and_another_evaluated(tmp_p
         datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "birds" / name / "0.parquet")
         card += [f"- config_name: {name}", f"  data_files: {name}/*.parquet"]
     (tmp_path / "birds" / "README.md").write_text("\n".join([*card, "---", ""]))
-    flags = "train.py --dataset me/birds --teacher demo --epochs 1 --batch_size 20 --eval_every 1"
-    flags += " --student_args depth=1 --teacher_size 32 --student_size 32 --eval_dataset me/birds"
+    flags = "train.py --teacher demo --epochs 1 --batch_size 20"
+    command = [*flags.split(), *SIZES, *SMALL[:4], "--dataset"]
     with hub(f"datasets/me/birds={tmp_path / 'birds'}") as endpoint:
-        command = [*flags.split(), *SMALL[:2]]
-        failed = call(tmp_path, endpoint, *command, "--dataset_config", "small")
+        failed = call(tmp_path, endpoint, *command, "me/birds")
         assert failed.returncode == 2 and "Traceback" not in failed.stderr
         assert "'small'" in failed.stderr and "'large'" in failed.stderr, failed.stderr
-        both = ["--dataset_config", "small", "--eval_config", "large"]
-        done = call(tmp_path, endpoint, *command, *both)
-    assert done.returncode == 0 and "test_knn20" in done.stdout, done.stderr[-3000:]
+        done = call(tmp_path, endpoint, *command, "me/birds@main", "--dataset_config", "small")
+        assert done.returncode == 0 and "20 of 20 are used" in done.stdout, done.stderr[-3000:]
+        (run,) = map(str, tmp_path.glob("runs/*/"))
+        other = ["--dataset", "me/birds", "--dataset_config", "large", "--no_baselines"]
+        done = call(tmp_path, endpoint, "eval.py", run, *other)
+    assert done.returncode == 0 and "18 training, 2 test" in done.stdout, done.stderr[-3000:]
+
+
+@needs_shared
+def test_image_files_are_read_where_the_relative_cache_of_the_hub_is_a_link(tmp_path):
+    put(tmp_path / "pets", *[f"{split}/{'ab'[i % 2]}/{i}.png" for split in ("train", "test")
+                             for i in range(8)])
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "hf").symlink_to("disk")
+    flags = ["--teacher", "demo", "--epochs", "1", "--batch_size", "8"]
+    with hub(f"datasets/me/pets={tmp_path / 'pets'}") as endpoint:
+        done = call(tmp_path, endpoint, "train.py", "--dataset", "me/pets", *flags, *SIZES,
+                    *SMALL[:4], HF_HOME="hf")
+    assert done.returncode == 0 and "8 of 8 are used" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("missing", ["dataset", "teacher"])
@@ -387,8 +408,8 @@ def test_a_hub_in_trouble_is_named_and_the_same_command_succeeds_later(troubled,
             troubled(tmp_path, status(404), DATASET)
     done = troubled(tmp_path)
     assert done.returncode == 0 and "done. Evaluate with" in done.stdout, done.stderr[-3000:]
-    (info,) = (tmp_path / "cache" / "stores").glob("cifar10-train-*/info.json")
-    assert json.loads(info.read_text())["labels"] == list(range(32))
+    (rows,) = (tmp_path / "cache" / "stores").glob("cifar10-train-*/rows.i64")
+    assert np.fromfile(rows, np.int64).tolist() == list(range(32))
 
 
 @needs_shared

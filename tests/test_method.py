@@ -1,6 +1,8 @@
 """What each step gets and what each number is of: mistakes here would train, and train worse."""
 
 import dataclasses
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import model
 import train
 from config import Config, EvalConfig, UserError
 from examples.forks import ema
-from test_smoke import demo_distiller, latest, metrics, same, weights
+from test_smoke import demo_distiller, latest, metrics, same, stop_at, weights
 
 
 @pytest.mark.parametrize("views", [0, 2])
@@ -31,36 +33,37 @@ def test_both_networks_see_the_same_view_of_the_same_images(tiny, views):
 
     cfg = tiny(student_size=48, epochs=3, teacher_views=views, max_samples=70)
     train.main(cfg, objective=Watched)
-    store, teacher = data.open_store(cfg, "train", 70), model.load_teacher("demo", 32)
+    store, teacher = data.open_store(cfg, "train", 70), model.load_teacher(cfg)
     assert len(steps) == 3 * 5, "the last batch of an epoch is filled up"
     assert len({step[3] for step in steps}) == 15, "other random numbers at each step"
     for step, (objective, epoch, index, _, images, targets) in enumerate(steps):
         assert epoch == step // 5
         order = data.epoch_order(70, cfg.seed, epoch)
-        assert index.tolist() == data.batch_rows(order, 16)[step % 5].tolist()
+        assert index.tolist() == data.batches(order, 16)[step % 5].tolist()
         view = epoch % views if views else epoch
-        boxes = data.view_boxes(cfg.seed, view, 70, cfg.crop_scale)[index]
-        assert torch.equal(images, data.render(store.images[index], boxes, 48))
+        crops = data.view_crops(index, cfg.seed, view, cfg.crop_scale)
+        stored = store.images[index.numpy()]
+        assert torch.equal(images, data.render(stored, 48, *crops))
         with torch.inference_mode():
-            features = teacher(data.render(store.images[index], boxes, 32))
+            features = teacher(data.render(stored, 32, *crops))
         expected = objective.targets(features)
         rounding = expected.abs().amax(-1, keepdim=True) / 127 if views else 1e-4
         assert ((targets - expected).abs() < 0.6 * rounding).all()
 
 
 def test_heads_are_fitted_on_random_images_on_the_students_grid(tiny, monkeypatch):
-    monkeypatch.setattr(train, "STAT_IMAGES", 20)
+    monkeypatch.setattr(train, "FIT_IMAGES", 20)
     cfg = tiny(epochs=1)
     train.main(cfg)
     fitted = torch.load(latest(cfg), weights_only=True)["objective"]
-    store, teacher = data.open_store(cfg, "train", 80), model.load_teacher("demo", 32)
+    store, teacher = data.open_store(cfg, "train", 80), model.load_teacher(cfg)
     rows = data.epoch_order(80, cfg.seed, 0)[:20]
-    boxes = data.view_boxes(cfg.seed, 0, 80, cfg.crop_scale)[rows]
+    crops = data.view_crops(rows, cfg.seed, 0, cfg.crop_scale)
     with torch.inference_mode():
-        features = teacher(data.render(store.images[rows], boxes, 32))
+        features = teacher(data.render(store.images[rows], 32, *crops))
     patches = model.resample_patches(features.patches, (4, 4), (2, 2))
     for name, tokens in dict(cls=features.cls, patch=patches.flatten(0, 1)).items():
-        assert torch.allclose(fitted[f"heads.{name}.mean"], tokens.mean(0), atol=1e-4)
+        assert torch.allclose(fitted[f"{name}_head.mean"], tokens.mean(0), atol=1e-4)
 
 
 def test_a_grid_is_resampled_without_aliasing():
@@ -78,55 +81,99 @@ def test_a_quick_evaluation_does_not_change_the_training(tiny, tmp_path, monkeyp
 
 
 def test_a_quick_evaluation_is_of_what_is_exported(tiny, monkeypatch):
-    seen, inner = [], evaluation.Bench.features
+    seen, inner = [], evaluation.Evaluator.features
     monkeypatch.setattr(train, "QUICK_EVAL", (40, 40))
-    monkeypatch.setattr(evaluation.Bench, "features",
-                        lambda bench, net: seen.append(net) or inner(bench, net))
+    monkeypatch.setattr(evaluation.Evaluator, "features",
+                        lambda evaluator, net: seen.append(net) or inner(evaluator, net))
     cfg = tiny(epochs=1, eval_every=1)
     train.main(cfg, objective=ema.EMA)
     assert same(seen[0].net.state_dict(), weights(cfg))
 
 
-def test_gradients_are_clipped_and_matrices_decay(tiny, tmp_path):
+def test_gradients_are_clipped_and_logged_as_they_were(tiny):
     norms = []
 
     class Watched(model.Distiller):
         def after_step(self, step):
             norms.append(torch.stack([p.grad.norm() for p in self.parameters()]).norm())
 
-    cfg = tiny(grad_clip=0.01, weight_decay=0.3, epochs=1)
+    cfg = tiny(grad_clip=0.01, epochs=1)
     train.main(cfg, objective=Watched)
-    assert max(norms) < 0.0101 and metrics(cfg)[0]["norm"] > 0.05, "logged as it was before"
-    with train.processes(dataclasses.replace(cfg, run_dir=str(tmp_path / "b"))) as place:
-        optimiser = train.Run(cfg, model.Distiller, *place).optimiser
-    assert type(optimiser) is torch.optim.AdamW
-    assert [group["weight_decay"] for group in optimiser.param_groups] == [0, 0.3]
+    assert max(norms) < 0.0101 and metrics(cfg)[0]["norm"] > 0.05
+
+
+def test_matrices_decay_and_nothing_else(tiny):
+    """Weights that get no gradient shrink by lr * weight_decay a step, or stay."""
+    class Still(model.Distiller):
+        def losses(self, features, target):
+            loss, stats = super().losses(features, target)
+            return 0 * loss, stats
+
+    cfg = tiny(epochs=1, head="linear", weight_decay=0.3, warmup_epochs=0)
+    before = dict(model.build_student(cfg).net.named_parameters())
+    train.main(cfg, objective=Still)
+    left = np.prod([1 - 0.3 * train.learning_rate(step, 5, cfg) for step in range(5)])
+    decayed = set()
+    for name, value in weights(cfg).items():
+        kept = 1 if torch.equal(value, before[name]) else left
+        assert torch.allclose(value, kept * before[name], rtol=1e-5)
+        decayed |= {name} if kept < 1 else set()
+    assert decayed == {name for name in before if before[name].ndim == 2 or "proj.weight" in name}
     _, conv = demo_distiller(student="resnet18", student_args="")
-    _, decayed = conv.parameter_groups(0.1)
-    assert {p.ndim for p in decayed["params"]} == {2, 4}, "kernels decay, too"
+    assert {p.ndim for p in conv.parameter_groups(0.1)[1]["params"]} == {2, 4}, "kernels decay, too"
 
 
-def test_what_changes_the_method_is_fixed_on_resume():
-    assert not Config().settings(free=True).keys() & {
+def test_a_lr_scale_of_ones_own_survives_a_resume(tiny, tmp_path, monkeypatch):
+    class Scaled(model.Distiller):
+        def parameter_groups(self, weight_decay):
+            table = self.student.net.pos_embed
+            rest = [p for p in self.parameters() if p is not table]
+            return [dict(params=rest, lr_scale=0.5), dict(params=[table], lr_scale=0)]
+
+    straight, stopped = tiny(), tiny(run_dir=str(tmp_path / "stopped"))
+    train.main(straight, objective=Scaled)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 3, signal.SIGTERM)
+        train.main(stopped, objective=Scaled)
+    train.main(stopped, objective=Scaled)
+    assert same(weights(straight), weights(stopped))
+    assert torch.equal(weights(stopped)["pos_embed"], model.build_student(straight).net.pos_embed)
+    groups = torch.load(latest(stopped), weights_only=True)["optimiser"]["param_groups"]
+    assert [group["lr"] for group in groups] == [metrics(stopped)[-1]["lr"] / 2, 0]
+
+
+def test_what_a_fork_returns_is_logged_under_its_name_and_no_nan_is_written(tiny):
+    class Own(model.Distiller):
+        def losses(self, features, target):
+            loss, stats = super().losses(features, target)
+            third = features.patches.square().mean()
+            return loss + 3 * third, stats | dict(third=third, odd=third / (third - third))
+
+    cfg = tiny(epochs=1)
+    train.main(cfg, objective=Own)
+    for line in metrics(cfg):
+        expected = cfg.cls_weight * line["cls"] + cfg.patch_weight * line["patch"]
+        assert line["loss"] == pytest.approx(expected + 3 * line["third"], rel=1e-5)
+    text = (cfg.run_path / "metrics.jsonl").read_text()
+    assert "third" in text and "NaN" not in text and "Infinity" not in text
+
+
+def test_what_changes_the_method_may_not_change_on_resume():
+    assert not Config().settings(may_change=True).keys() & {
         "batch_size", "crop_scale", "lr", "max_samples", "seed", "student_size", "teacher_views"}
 
 
-def test_stores_of_other_pixels_have_other_names(tiny, monkeypatch):
-    monkeypatch.setattr(data, "make_once", lambda path, build: None)
-    monkeypatch.setattr(data, "Store", lambda path: path)
-    paths = [data.open_store(tiny(**changes), split, count) for changes, split, count in (
-        ({}, "train", 0), ({}, "test", 0), ({}, "train", 9), (dict(student_size=64), "train", 0),
-        (dict(image_column="a"), "train", 0), (dict(dataset_config="a"), "train", 0))]
-    assert len({path.name[-12:] for path in paths}) == len(paths)
-
-
-def test_the_test_split_is_preferred_and_a_subset_is_random(tiny, tmp_path):
+def test_the_test_split_is_preferred(tiny, tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / "own" / split).mkdir(parents=True)
         (tmp_path / "own" / split / "1.png").write_bytes(png(1))
-    assert data.open_source(tiny(dataset=str(tmp_path / "own")), "test")[0] == "test"
+    assert data.open_source(tiny(dataset=str(tmp_path / "own")), "test").split == "test"
+
+
+def test_a_subset_is_random_in_order_and_the_same_every_time():
     some = data.subset(np.arange(100), 10)
     assert len(some) == 10 and (np.diff(some) > 0).all() and some.tolist() != list(range(10))
+    assert some.tolist() == data.subset(np.arange(100), 10).tolist()
 
 
 def test_the_probe_learns_from_training_images_alone(monkeypatch):
@@ -146,13 +193,14 @@ def test_the_probe_learns_from_training_images_alone(monkeypatch):
     assert torch.equal(alone, predicted[y_test == 0])
 
 
-def test_a_bench_takes_the_splits_and_numbers_that_were_asked_for(tiny):
-    bench = evaluation.Bench(tiny(max_samples=80), max_train=50, max_test=60)
-    assert (len(bench.y), len(bench.y_test)) == (50, 60)
-    bench = evaluation.Bench(tiny(max_samples=80))
-    assert (len(bench.y), len(bench.y_test)) == (80, 2000), "max_samples is of training images"
-    bench = evaluation.Bench(tiny(eval_split="test", test_split="train"))
-    assert (bench.train.split, bench.test.split) == ("test", "train")
+def test_an_evaluation_takes_the_splits_and_numbers_that_were_asked_for(tiny, photos):
+    evaluator = evaluation.Evaluator(tiny(), max_train=50, max_test=60)
+    assert (len(evaluator.y), len(evaluator.y_test)) == (50, 60)
+    evaluator = evaluation.Evaluator(tiny())
+    assert (len(evaluator.y), len(evaluator.y_test)) == (80, 2000), "max_samples: to train on"
+    own = tiny(dataset=str(photos), train_split="test", test_split="train", max_samples=0)
+    evaluator = evaluation.Evaluator(own)
+    assert (evaluator.train.split, evaluator.test.split) == ("test", "train")
 
 
 def test_each_checkpoint_is_evaluated_as_the_network_that_it_is(tiny, tmp_path):
@@ -162,15 +210,34 @@ def test_each_checkpoint_is_evaluated_as_the_network_that_it_is(tiny, tmp_path):
         train.main(cfg)
     args = EvalConfig((latest(tiny()), latest(wide)), max_train=50, max_test=50, baselines=False)
     sizes = [row["params_m"] for row in evaluation.main(args)]
-    assert sizes == [sum(p.numel() for p in model.student_of(cfg).net.parameters()) / 1e6
+    assert sizes == [sum(p.numel() for p in model.build_student(cfg).net.parameters()) / 1e6
                      for cfg in (tiny(), wide)]
 
 
 def test_flops_are_of_one_image(tiny):
-    bench = evaluation.Bench(tiny(), max_train=10, max_test=10)
-    row = bench.speed(model.build_student("resnet18", 64).eval())
-    at_224 = row["gflops"] * (224 / 64) ** 2
+    evaluator = evaluation.Evaluator(tiny(), max_train=10, max_test=10)
+    net = model.build_student(tiny(student="resnet18", student_args="", student_size=64))
+    at_224 = evaluator.speed(net.eval())["gflops"] * (224 / 64) ** 2
     assert at_224 == pytest.approx(2 * 1.82, rel=0.02)  # 1.82 G multiply-adds
+
+
+def test_a_change_of_code_does_not_meet_old_targets(tiny, tmp_path, monkeypatch):
+    cfg = tiny(teacher_views=1, cache_dir=str(tmp_path / "cache"), resume=False)
+    train.main(cfg)
+    fit, target = model.Head.fit, model.Head.target
+    monkeypatch.setattr(model.Head, "target", lambda head, features: -target(head, features))
+    with pytest.raises(UserError, match="holds targets of other code"):
+        train.main(dataclasses.replace(cfg, teacher_views=2))
+    assert not list((tmp_path / "cache").rglob("view_1.i8")), "filled beside other targets"
+    monkeypatch.undo()
+
+    def fit_otherwise(head, features):
+        fit(head, features)
+        head.basis.copy_(head.basis.flip(1))
+
+    monkeypatch.setattr(model.Head, "fit", fit_otherwise)
+    train.main(cfg)
+    assert len(list((tmp_path / "cache" / "targets").iterdir())) == 2, "other heads, another cache"
 
 
 def test_a_change_of_rendering_does_not_meet_old_targets(tiny, tmp_path, monkeypatch):
@@ -186,20 +253,68 @@ def test_a_change_of_rendering_does_not_meet_old_targets(tiny, tmp_path, monkeyp
 
 def test_targets_of_another_shape_have_a_cache_of_their_own(tiny, tmp_path):
     cfg = tiny(epochs=1, teacher_views=1, cache_dir=str(tmp_path / "cache"))
-    shapes = []
-    for terms in (model.TERMS, dict(cls=model.TERMS["cls"])):
-        fork = type("Fork", (model.Distiller,), dict(terms=terms))  # of one name, as after an edit
+
+    def doubled(self, features):
+        target = model.Distiller.targets(self, features)
+        return torch.cat([target, target], 1)
+
+    found = []
+    for targets in (model.Distiller.targets, doubled):
+        losses = lambda self, features, target: model.Distiller.losses(  # noqa: E731
+            self, features, target[:, :5])
+        doubled.__qualname__ = "Distiller.targets"  # of one name, as after an edit
+        fork = type("Fork", (model.Distiller,), dict(targets=targets, losses=losses))
         train.main(dataclasses.replace(cfg, resume=False), objective=fork)
-        shapes.append(len(list((tmp_path / "cache" / "targets").iterdir())))
-    assert shapes == [1, 2]
+        found.append(len(list((tmp_path / "cache" / "targets").iterdir())))
+    assert found == [1, 2]
 
 
-def test_another_commit_is_named_in_one_line(tiny, monkeypatch):
+def test_another_commit_is_named(tiny, monkeypatch):
     environment = model.environment
     for commit, epochs in (("one", 1), ("two", 2), ("three", 2)):  # begins, goes on, is finished
         monkeypatch.setattr(model, "environment",
                             lambda device, commit=commit: environment(device) | dict(commit=commit))
         train.main(tiny(epochs=epochs))
     log = (tiny().run_path / "train.log").read_text().splitlines()
-    assert [line[-3:] for line in log if "the checkpoint was written at commit" in line] == [
-        "one", "two"]
+    assert [line[-3:] for line in log if "written at commit" in line] == ["one", "two"]
+
+
+def test_a_run_that_is_extended_past_its_views_equals_one_of_that_length(tiny, tmp_path):
+    changes = dict(teacher_views=2, warmup_epochs=0, lr=0.0)
+    straight = tiny(run_dir=str(tmp_path / "straight"), epochs=4, **changes)
+    train.main(straight)
+    for epochs in (1, 2, 4):
+        train.main(tiny(epochs=epochs, **changes))
+    kept = "step", "loss", "cls", "patch"
+    assert [[line[k] for k in kept] for line in metrics(straight)] == [
+        [line[k] for k in kept] for line in metrics(tiny())]
+
+
+def test_going_back_to_an_earlier_checkpoint_repeats_the_run(tiny):
+    cfg = tiny(save_every=1, epochs=3)
+    train.main(cfg)
+    expected, lines = weights(cfg), metrics(cfg)
+    shutil.copy(cfg.run_path / "checkpoint_epoch_1.pth", latest(cfg))
+    train.main(cfg)
+    assert same(expected, weights(cfg))
+    assert [line["loss"] for line in metrics(cfg)] == [line["loss"] for line in lines]
+
+
+def test_the_loop_reads_values_only_when_it_logs(tiny, monkeypatch):
+    """Anything else would make every step wait for the GPU; host-side indices are integers."""
+    names = "item tolist numpy cpu nonzero __bool__ __float__ __int__".split()
+    watched = {getattr(torch.Tensor, name): name for name in names}
+    steps, reads = [], []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in watched and args[0].dtype == torch.float32:
+                reads.append((len(steps), watched[func]))
+            return func(*args, **(kwargs or {}))
+
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda *a: steps.append(a[0]) or rate(*a))
+    with Watch():
+        train.main(tiny(epochs=4, log_every=3, teacher_views=2))
+    during = {step for step, _ in reads if 0 < step < len(steps)}
+    assert len(steps) == 20 and during == {3, 5, 6, 9, 10, 12, 15, 18}, reads

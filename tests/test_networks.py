@@ -1,31 +1,39 @@
-"""Teachers and students: their weights, their constants, the statistics of the heads."""
+"""Teachers and students: their weights, widths, constants, and what heads are fitted on."""
 
 import dataclasses
 import json
+import shutil
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 
+import data
 import model
 import train
-from config import UserError
-from test_smoke import demo_distiller, latest, metrics, same
+from config import Config, UserError
+from test_smoke import demo_distiller, latest, metrics, same, weights
+
+
+def of(teacher, size=32, file="", **changes):
+    return Config(teacher=teacher, teacher_size=size, teacher_weights=str(file), **changes)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
     other = timm.create_model("resnet18", num_classes=0).state_dict()
     safetensors.torch.save_file(other, tmp_path / "resnet18.safetensors")
     with pytest.raises(UserError, match="does not fit tf_efficientnet_lite0"):
-        model.load_teacher("tf_efficientnet_lite0", 64, str(tmp_path / "resnet18.safetensors"))
+        model.load_teacher(of("tf_efficientnet_lite0", 64, tmp_path / "resnet18.safetensors"))
 
 
 @pytest.mark.parametrize("name, mean, std", [
     ("resnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ("vit_tiny_patch16_224", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
 def test_every_model_normalises_by_its_own_constants(monkeypatch, name, mean, std):
-    images, student, seen = torch.rand(1, 3, 32, 32), model.build_student(name, 32), []
+    student = model.build_student(Config(student=name, student_size=32))
+    images, seen = torch.rand(1, 3, 32, 32), []
     inner = student.net.forward_features
     monkeypatch.setattr(student.net, "forward_features", lambda x: (seen.append(x), inner(x))[1])
     student(images)
@@ -33,33 +41,85 @@ def test_every_model_normalises_by_its_own_constants(monkeypatch, name, mean, st
     assert torch.allclose(seen[0], (images - mean) / std, atol=1e-5)
 
 
-def test_a_student_can_start_from_weights(tiny, tmp_path):
+def test_a_student_can_start_from_weights_which_the_run_does_not_need_again(tiny, tmp_path):
     train.main(tiny(epochs=1))
-    exported = str(tiny().run_path / "student.safetensors")
-    student = model.student_of(tiny(student_weights=exported, seed=5))
+    exported = tmp_path / "start.safetensors"
+    shutil.copy(tiny().run_path / "student.safetensors", exported)
+    cfg = tiny(student_weights=str(exported), seed=5, run_dir=str(tmp_path / "next"), epochs=1)
+    student = model.build_student(cfg)
     assert same(student.net.state_dict(), safetensors.torch.load_file(exported))
+    train.main(cfg)
+    exported.unlink()
+    finished = weights(cfg)
+    train.main(cfg)
+    assert same(finished, weights(cfg)), "a finished run"
+    assert train.main(dataclasses.replace(cfg, epochs=2))["step"] == 10
+    with pytest.raises(UserError, match="start.safetensors does not fit"):
+        train.main(dataclasses.replace(cfg, resume=False))
 
 
 def test_resnets_get_a_trained_head_because_their_features_have_no_negative_side():
     _, vit = demo_distiller()
     _, conv = demo_distiller(student="resnet18", student_args="")
-    assert [d.heads["cls"].kind for d in (vit, conv)] == ["pca", "linear"]
+    assert [d.cls_head.kind for d in (vit, conv)] == ["pca", "linear"]
     assert conv.student(torch.rand(2, 3, 32, 32)).cls.min() >= 0
 
 
-def test_statistics_of_the_heads_use_places_all_over_the_grid():
-    class Places(model.Head):
-        def fit(self, features):
-            places.append({int(place) for place in features[:, 0]})
+@pytest.mark.parametrize("side", [4, 6, 7, 8, 14, 16])
+def test_the_heads_are_fitted_on_places_all_over_the_grid(side):
+    generator, places = torch.Generator().manual_seed(0), set()
+    tokens = torch.arange(side * side).float()[None, :, None].expand(2, -1, 96)
+    for _ in range(64):  # as many batches as in a run
+        features = model.some_places(model.Features(tokens[:, 0], tokens), generator)
+        assert features.patches.shape == (2, model.PLACES, 96) and features.cls.shape == (2, 96)
+        places |= {int(place) for place in features.patches[0, :, 0]}
+    assert len(places) > 0.8 * side * side
 
-    for side in (4, 6, 7, 8, 14, 16):
-        places = []
-        _, distiller = demo_distiller()
-        distiller.heads["cls"] = distiller.heads["patch"] = Places("pca", 48, 96)
-        distiller.teacher_grid = distiller.student.grid = (side, side)
-        tokens = torch.arange(side * side).float()[None, :, None].expand(2, -1, 96)
-        distiller.fit([model.Features(tokens[:, 0], tokens)] * 64)  # as many batches as in a run
-        assert len(places[-1]) > 0.8 * side * side
+
+def save_network(path, name, **arguments):
+    """Random weights of a timm model as a file."""
+    torch.manual_seed(1)
+    net = timm.create_model(name, num_classes=0, **arguments)
+    safetensors.torch.save_file(net.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("changes, widths, most", [
+    (dict(teacher="mobilenetv4_conv_small", teacher_size=64), (48, 48), 0.97),
+    (dict(teacher="mobilenetv4_conv_small", teacher_size=64, head="linear"), (1280, 960), 0.97),
+    (dict(student="mobilenetv4_conv_small", student_size=64, student_args=""), (96, 96), 0.97),
+    (dict(student="mobilenetv4_conv_small", student_size=64, student_args="", head="pca"),
+     (1280, 960), 1.01),  # a ReLU learns centred targets slowly
+])
+def test_both_sides_may_have_other_widths_for_cls_and_patches(
+        tiny, tmp_path, changes, widths, most):
+    file = ""
+    if "teacher" in changes:
+        file = save_network(tmp_path / "teacher.safetensors", changes["teacher"])
+    cfg = tiny(**changes, teacher_weights=file, epochs=4, lr=5e-3)
+    train.main(cfg)
+    lines = metrics(cfg)
+    assert lines[-1]["loss"] < most * lines[0]["loss"]
+    # The two losses of one batch, without the tensor that holds both targets.
+    teacher = model.load_teacher(cfg)
+    student = model.build_student(cfg, weights(cfg))
+    assert (student if "student" in changes else teacher).cls_dim == 1280
+    distiller = model.Distiller(student, teacher, cfg)
+    distiller.load_state_dict(torch.load(latest(cfg), weights_only=True)["objective"])
+    images = data.open_store(cfg, "train", 80).images[np.arange(16)]
+    seen = data.render(images, cfg.student_size)
+    with torch.inference_mode():
+        features = teacher(data.render(images, cfg.teacher_size))
+        targets = distiller.targets(features)
+        loss, stats = distiller(seen, targets)
+        cls, patches = distiller.on_student_grid(features)
+        own = student(seen)
+        expected = [model.cosine_loss(head.predict(own), head.target(teachers)).mean()
+                    for head, own, teachers in ((distiller.cls_head, own.cls, cls),
+                                                (distiller.patch_head, own.patches, patches))]
+    assert targets.shape == (16, 1 + student.grid[0] ** 2, max(widths))
+    assert not targets[:, 0, widths[0] :].any() and not targets[:, 1:, widths[1] :].any()
+    assert torch.allclose(torch.stack(expected), torch.stack([stats["cls"], stats["patch"]]))
 
 
 @pytest.mark.parametrize("changes", [dict(precision="bf16"), dict(precision="fp16"),
@@ -70,6 +130,27 @@ def test_precisions_and_heads_train(tiny, changes):
     saved = torch.load(latest(cfg), weights_only=True)
     assert bool(saved["scaler"]) == (cfg.precision == "fp16"), "fp16 saves its loss scale"
     assert metrics(cfg)[-1]["norm"] < 10, "without the loss scale"
+
+
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_an_overflow_in_fp16_skips_a_step_and_does_not_end_the_run(tiny, log_every):
+    class Overflows(model.Distiller):
+        def losses(self, features, target):
+            loss, stats = super().losses(features, target)
+            if len(steps) == 3:
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+            return loss, stats
+
+        def after_step(self, step):
+            steps.append({k: v.clone() for k, v in self.student.net.state_dict().items()})
+
+    steps, cfg = [], tiny(precision="fp16", log_every=log_every)
+    train.main(cfg, objective=Overflows)
+    assert [same(a, b) for a, b in zip(steps, steps[1:], strict=False)].index(True) == 2
+    assert len(steps) == 10 and not same(steps[-1], steps[-2])
+    assert all(value.isfinite().all() for value in weights(cfg).values())
+    text = (cfg.run_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
 
 
 def test_a_fork_does_not_continue_the_run_of_another_objective(tiny):
@@ -90,7 +171,7 @@ def test_a_run_is_not_continued_with_other_weights_of_its_teacher(tiny, tmp_path
     safetensors.torch.save_file(teacher, same_file, how)
     safetensors.torch.save_file(teacher | {"norm.bias": teacher["norm.bias"] + 0.01}, other, how)
     train.main(dataclasses.replace(cfg, epochs=2, teacher_weights=same_file))
-    with pytest.raises(UserError, match="other settings.*\n  - teacher_hash: "):
+    with pytest.raises(UserError, match="another teacher.*\n  - teacher_weights: "):
         train.main(dataclasses.replace(cfg, epochs=3, teacher_weights=other))
 
 
@@ -99,9 +180,9 @@ def test_a_student_can_be_the_next_teacher(tiny, tmp_path, pool):
     cfg = tiny(epochs=1, pool=pool)
     train.main(cfg)
     saved, _ = model.load_checkpoint(latest(cfg))
-    student = model.student_of(cfg, saved["student"])
+    student = model.build_student(cfg, saved["student"])
     path = str(cfg.run_path / "student.safetensors")
-    teacher, images = model.load_teacher(cfg.student, 32, path), torch.rand(2, 3, 32, 32)
+    teacher, images = model.load_teacher(of(cfg.student, 32, path)), torch.rand(2, 3, 32, 32)
     for found, expected in zip(teacher(images), student(images), strict=True):
         assert torch.equal(found, expected)
     train.main(tiny(epochs=1, teacher=cfg.student, teacher_weights=path,
@@ -113,12 +194,21 @@ def test_a_teachers_file_chooses_no_other_file(tmp_path):
     path = tmp_path / "hostile.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, dict(student=how))
     with pytest.raises(UserError, match="for weights see"):
-        model.load_teacher("vit_tiny_patch16_224", 32, str(path))
+        model.load_teacher(of("vit_tiny_patch16_224", 32, path))
 
 
 def test_a_teacher_without_a_position_table_is_resized(tmp_path):
     name = "swin_tiny_patch4_window7_224"
-    net = timm.create_model(name, num_classes=0)
-    safetensors.torch.save_file(net.state_dict(), tmp_path / "swin.safetensors")
-    teacher = model.load_teacher(name, 64, str(tmp_path / "swin.safetensors"))
+    file = save_network(tmp_path / "swin.safetensors", name)
+    teacher = model.load_teacher(of(name, 64, file))
     assert teacher(torch.rand(1, 3, 64, 64)).patches.shape == (1, 4, 768)
+
+
+def test_a_teacher_that_outputs_nan_is_found_before_the_cache_is_filled(tiny, tmp_path):
+    path, demo = tmp_path / "nan.safetensors", model.WEIGHTS["demo"]
+    state = safetensors.torch.load_file(demo)
+    state["blocks.1.mlp.fc2.bias"][3] = float("nan")
+    safetensors.torch.save_file(state, path, safetensors.safe_open(demo, "pt").metadata())
+    with pytest.raises(UserError, match="the teacher outputs NaN"):
+        train.main(tiny(teacher_weights=str(path), cache_dir=str(tmp_path / "cache")))
+    assert not (tmp_path / "cache" / "targets").exists()

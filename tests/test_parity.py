@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import model
+from config import Config
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +28,8 @@ def test_features_equal_the_recorded_ones(tmp_path, which, suffix):
     subprocess.run(make, check=True)
     for case in record["cases"]:
         size = case["size"]
-        teacher = model.load_teacher(record["model"], size, str(weights))
+        teacher = model.load_teacher(Config(
+            teacher=record["model"], teacher_size=size, teacher_weights=str(weights)))
         teacher.mean.zero_()
         teacher.std.fill_(1)  # the recorded images are already normalised
         images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))

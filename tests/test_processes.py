@@ -6,6 +6,7 @@ torchrun sets; one goes through torchrun. A machine is a folder: its cache and r
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,8 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from config import Config, parse
+
 slow = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -31,13 +34,20 @@ TINY = [*(
 ).split(), "--student_args", "embed_dim=48 depth=2 num_heads=2"]
 ENV = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
-# One JSON a line: the folder of each rank's machine, flags, and a file: once something is in it,
-# ranks are sent signals. Answers with their statuses; what they print is in their logs.
+# One JSON a line: the folder and the flags of each rank, and a file: once something is in it, ranks
+# are sent signals. Answers with their statuses; what they print is in their logs. A rank says when
+# it leaves whether rank 0 has written, which takes its time.
 RANKS = f"""
 import json, os, sys, time, traceback
 sys.path.insert(0, {str(ROOT)!r})
-import datasets, config, model, train
-model.problems(config.parse(config.Config, {TINY}))  # what it learns of the models is kept
+import config, model, train
+model.build_student(config.parse(config.Config, {TINY}))  # what is imported for it stays
+export = train.export
+train.export = lambda *arguments: (time.sleep(0.5), export(*arguments))
+
+def main(cfg):
+    train.main(cfg)
+    print("rank 0 has written:", os.path.exists("run/student.safetensors"))
 
 def rank_of(world, rank, machine, machines, port, folder, flags, log):
     os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK="0", MASTER_PORT=str(port),
@@ -48,7 +58,7 @@ def rank_of(world, rank, machine, machines, port, folder, flags, log):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.argv = ["train.py", *flags]
     try:
-        config.cli(train.main, config.Config)
+        config.cli(main, config.Config)
     except SystemExit as stop:
         return stop.code or 0
     except BaseException:
@@ -62,7 +72,7 @@ for line in sys.stdin:
     for rank, (folder, log) in enumerate(zip(folders, logs)):
         if not (child := os.fork()):
             machine = machines.index(folder), len(machines)
-            arguments = len(folders), rank, *machine, port, folder, flags, log
+            arguments = len(folders), rank, *machine, port, folder, flags[rank], log
             status = rank_of(*arguments)
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
@@ -79,16 +89,18 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(folders, flags, path, signals) -> the status and the output of each rank."""
+    """train(folders, flags, path, signals, last) -> the status and the output of each rank.
+    last: more flags of the last rank."""
     logs, calls = tmp_path_factory.mktemp("logs"), iter(range(1000))
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     zygote = subprocess.Popen([sys.executable, "-c", RANKS], env=ENV, **pipes)
 
-    def call(folders, *flags, path="", signals=()):
+    def call(folders, *flags, path="", signals=(), last=()):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         call_logs = [str(logs / f"{next(calls)}") for _ in folders]
-        todo = [*map(str, folders)], [*TINY, *flags], port, str(path), list(signals), call_logs
+        all_flags = [[*TINY, *flags]] * (len(folders) - 1) + [[*TINY, *flags, *last]]
+        todo = [*map(str, folders)], all_flags, port, str(path), list(signals), call_logs
         zygote.stdin.write(json.dumps(todo) + "\n")
         statuses = json.loads(zygote.stdout.readline())
         return statuses, [Path(log).read_text() for log in call_logs]
@@ -109,7 +121,7 @@ def close(one: Path, other: Path) -> bool:
     """The same losses to 1e-3, and weights to 2e-4: only the order of sums differs."""
     a, b = metrics(one), metrics(other)
     assert [m["step"] for m in a] == [m["step"] for m in b] == list(range(1, 13))
-    for key in ("loss", "cls", "patch", "cos_cls", "norm"):
+    for key in ("loss", "cls", "patch", "norm"):
         assert all(abs(m[key] - n[key]) < 1e-3 for m, n in zip(a, b, strict=True)), key
     a, b = weights(one), weights(other)
     return all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
@@ -128,10 +140,11 @@ def ranks(train, tmp_path_factory):
         found[count] = folder = tmp_path_factory.mktemp(f"ranks_{count}")
         statuses, texts = train([folder] * count)
         assert statuses == [0] * count, texts
+        assert all("rank 0 has written: True" in text for text in texts), texts
     return found
 
 
-def test_two_and_four_processes_give_the_losses_of_one(ranks):
+def test_two_and_four_processes_give_the_losses_of_one_and_leave_together(ranks):
     assert close(ranks[1], ranks[2]) and close(ranks[1], ranks[4])
 
 
@@ -176,7 +189,17 @@ def test_machines_with_other_images_are_refused(train, tmp_path):
     damaged.write_bytes(bytes(damaged.stat().st_size))
     statuses, texts = train(machines, "--dataset", "images")
     assert statuses[1] == 2, texts
-    assert "need the same command and images\n  - count: 20, now 19" in texts[1]
+    assert re.search("need the same command, images .*\n  - images: '.+', now '", texts[1]), texts
+
+
+@slow
+@pytest.mark.parametrize("last, words", [
+    (["--precision", "bf16"], "dtype: 'torch.float32', now 'torch.bfloat16'"),
+    (["--lr", "0.5"], "lr: 0.001, now 0.5"), (["--epochs", "4"], "epochs: 3, now 4")])
+def test_processes_of_other_settings_are_refused(train, tmp_path, last, words):
+    statuses, texts = train([tmp_path] * 2, last=last)
+    assert statuses[1] == 2 and statuses[0] > 0, texts
+    assert f"need the same command, images and hardware\n  - {words}" in texts[1]
 
 
 @slow
@@ -189,7 +212,7 @@ def test_a_second_run_in_the_same_folder_ends_at_once(train, ranks):
 @slow
 def test_an_indivisible_batch_is_refused(train, tmp_path):
     statuses, texts = train([tmp_path] * 2, "--batch_size", "15")
-    assert statuses == [2, 2] and "not a multiple of the processes" in texts[0]
+    assert statuses == [2, 2] and "not a multiple of 2 processes" in texts[0]
 
 
 @slow
@@ -208,10 +231,9 @@ def test_a_signal_to_one_or_all_processes_saves_and_ends_all(train, ranks, tmp_p
 @slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_who_loses_a_process_ends_too(train, ranks, tmp_path, killed):
-    path, begin = tmp_path / "run/metrics.jsonl", time.time()
+    path = tmp_path / "run/metrics.jsonl"
     statuses, _ = train([tmp_path] * 2, path=path, signals=[(killed, signal.SIGKILL)])
     assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] > 0
-    assert time.time() - begin < 60
     statuses, texts = train([tmp_path] * 2)
     assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
@@ -226,11 +248,9 @@ def test_a_killed_worker_ends_torchrun_and_the_same_command_goes_on(train, ranks
     while torchrun.poll() is None and not list(tmp_path.glob("run/checkpoint_epoch_1.pth")):
         time.sleep(0.001)
     workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    begin = time.time()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    text, _ = torchrun.communicate(timeout=60)
-    assert torchrun.returncode == 1 and time.time() - begin < 60
-    assert "exitcode  : -9" in text, text
+    text, _ = torchrun.communicate(timeout=200)
+    assert torchrun.returncode == 1 and "exitcode  : -9" in text, text
     statuses, texts = train([tmp_path] * 2)
     assert statuses == [0, 0] and same(ranks[2], tmp_path), texts
 
@@ -253,3 +273,10 @@ def test_mistakes_end_with_a_message_and_status_2(train, tmp_path):
     (status,), (text,) = train([tmp_path], "--epoch", "3", "--loss", "cosin")
     for code, message in ((done.returncode, done.stderr), (status, text)):
         assert code == 2 and message.startswith("error:") and "Traceback" not in message
+
+
+def test_help_spells_flags_as_they_are(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"])
+    out = capsys.readouterr().out
+    assert "--no_resume" in out and "--no-" not in out

@@ -1,10 +1,10 @@
-"""Any combination of settings trains, or is refused by one message that names every wrong field."""
+"""Any settings train or are refused: values by one message that names all, models one at a time."""
 
 import math
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import train
@@ -13,7 +13,7 @@ from config import Config, UserError
 pytestmark = pytest.mark.slow
 
 GOOD = dict(
-    student=["vit_tiny_patch16_224", "test_convnext", "test_resnet"],
+    student=["vit_tiny_patch16_224", "test_convnext", "test_resnet", "mobilenetv4_conv_small"],
     student_size=[32, 48],
     pool=["cls", "mean"],
     head=["auto", "pca", "linear"],
@@ -35,9 +35,6 @@ GOOD = dict(
 )
 BAD = dict(
     dataset=["nowhere", "./nowhere"],
-    teacher=["dinov2_vits15", ""],
-    student=["vit_tinny", ""],
-    student_args=["depth", "depth=one two"],
     pool=["max", ""],
     head=["PCA"],
     cls_weight=[-1.0, math.nan],
@@ -52,6 +49,11 @@ BAD = dict(
     seed=[-1, 2**31],
     device=["tpu"],
 )
+BAD_MODELS = dict(
+    teacher=["dinov2_vits15", ""],
+    student=["vit_tinny", ""],
+    student_args=["depth", "depth=one two"],
+)
 
 
 def choose(table: dict, chosen: st.SearchStrategy) -> st.SearchStrategy:
@@ -62,6 +64,7 @@ def choose(table: dict, chosen: st.SearchStrategy) -> st.SearchStrategy:
 
 some_good = choose(GOOD, st.sets(st.sampled_from(sorted(GOOD)), min_size=1))
 some_bad = choose(BAD, st.sets(st.sampled_from(sorted(BAD)), min_size=1, max_size=6))
+bad_model = choose(BAD_MODELS, st.sampled_from(sorted(BAD_MODELS)).map(lambda name: {name}))
 relaxed = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
@@ -97,8 +100,18 @@ def test_any_valid_settings_train_or_are_refused_with_a_reason(base, given_field
 
 @given(wrong=some_bad, fine=some_good)
 @settings(max_examples=60, **relaxed)
-def test_every_wrong_field_is_named_in_one_message(base, wrong, fine):
+def test_every_wrong_value_is_named_in_one_message(base, wrong, fine):
     with pytest.raises(UserError) as caught:
         train.main(Config(**(base | fine | wrong)))
     missing = [name for name in wrong if f"--{name}" not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"
+
+
+@given(wrong=bad_model, fine=some_good)
+@settings(max_examples=20, **relaxed)
+def test_a_model_that_cannot_be_built_is_named(base, wrong, fine):
+    assume(fine.get("cls_weight", 1) or fine.get("patch_weight", 1))
+    shutil.rmtree(base["run_dir"], ignore_errors=True)
+    with pytest.raises(UserError, match="--student_args" if "student_args" in wrong
+                       else f"--{[*wrong][0]} "):
+        train.main(Config(**(base | fine | wrong)))

@@ -10,23 +10,19 @@ another --cache_dir: only a change that moves targets visibly is refused.
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import data
 import model
 import train
 from config import Config, cli
 
 STRENGTH = 0.4
-JITTER = 2  # keeps its random numbers apart from those of data.py
+JITTER = 100  # keeps its random numbers apart from those of data.py
 
 
 class Jitter(model.Distiller):
     def shared_view(self, images, view, index):
-        factors = [np.random.default_rng([self.cfg.seed, JITTER, view, i]).uniform(-1, 1, 3)
-                   for i in index.tolist()]
-        factors = 1 + STRENGTH * torch.tensor(np.array(factors), dtype=torch.float32)
+        factors = 1 + STRENGTH * (2 * data.uniform(index, 3, JITTER, self.cfg.seed, view) - 1)
         brightness, contrast, saturation = factors.to(images.device).T[..., None, None, None]
         gray = images.mean(1, keepdim=True)
         images = gray + saturation * (images - gray)

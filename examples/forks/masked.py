@@ -23,9 +23,9 @@ SHARE = 0.5  # of the patches
 class Masked(model.Distiller):
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher, cfg)
-        if not student.has_cls or student.grid == (1, 1):
+        if not hasattr(student.net, "cls_token") or student.grid == (1, 1):
             raise UserError("masks need a ViT with a class token and several patches")
-        self.mask_token = nn.Parameter(torch.zeros(student.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(student.patch_dim))
         student.net.patch_embed.register_forward_hook(self.hide)
 
     def hide(self, module, inputs, tokens):
@@ -34,11 +34,13 @@ class Masked(model.Distiller):
             self.hidden = torch.rand(tokens.shape[:2], device=tokens.device) < SHARE
             return torch.where(self.hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
 
-    def term_loss(self, name, prediction, target):
-        losses = model.cosine_loss(prediction, target)
-        if name == "patch":
-            return (losses * self.hidden).sum() / self.hidden.sum().clamp_min(1)
-        return losses.mean()
+    def losses(self, features, target):
+        loss, stats = super().losses(features, target)
+        patches = self.patch_head.predict(features.patches)
+        losses = model.cosine_loss(patches, target[:, 1:, : patches.shape[-1]])  # [B, N]
+        masked = (losses * self.hidden).sum() / self.hidden.sum().clamp_min(1)
+        loss = self.cfg.cls_weight * stats["cls"] + self.cfg.patch_weight * masked
+        return loss, stats | dict(patch=masked)
 
 
 if __name__ == "__main__":

@@ -25,18 +25,21 @@ class QueueKL(model.Distiller):
 
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher, cfg)
-        width = len(self.heads["cls"].scale)
+        width = len(self.cls_head.scale)
         noise = torch.randn(self.size, width, generator=torch.Generator().manual_seed(0))
         self.register_buffer("queue", F.normalize(noise, dim=1))
 
-    def term_loss(self, name, prediction, target):
-        if name != "cls":
-            return super().term_loss(name, prediction, target)
-        student, teacher = (F.normalize(x[:, 0].float(), dim=1) for x in (prediction, target))
+    def losses(self, features, target):
+        loss, stats = super().losses(features, target)
+        student = self.cls_head.predict(features.cls)
+        teacher = target[:, 0, : student.shape[-1]]
+        student, teacher = (F.normalize(x.float(), dim=1) for x in (student, teacher))
         self.newest = teacher
         student = (student @ self.queue.T / self.temperature).log_softmax(1)
         teacher = (teacher @ self.queue.T / self.temperature).log_softmax(1)
-        return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        kl = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        loss = self.cfg.cls_weight * kl + self.cfg.patch_weight * stats["patch"]
+        return loss, stats | dict(cls=kl)
 
     @torch.no_grad()
     def after_step(self, step):

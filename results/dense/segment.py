@@ -8,7 +8,6 @@ background. The probe learns from training images and is tested on test images. 
 line to runs.jsonl; those that are there are not repeated.
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from config import PRESETS, Config  # noqa: E402
 from demo import shapes  # noqa: E402
+from results.runs import add, known, mean_and_spread  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 SEEDS = 3
@@ -80,12 +80,12 @@ def iou(predicted: torch.Tensor, true: torch.Tensor) -> float:
     return float((predicted & true).sum() / (predicted | true).sum())
 
 
-def segment(backbone: model.Backbone, bench: evaluation.Bench) -> dict:
+def segment(backbone: model.Backbone, evaluator: evaluation.Evaluator) -> dict:
     """Scores of the probe on the patches of the test images."""
     x, y = {}, {}
-    for split, store in dict(train=bench.train, test=bench.test).items():
-        rows = getattr(bench, f"{split}_rows")
-        embedded = bench.embed(backbone.eval(), store, rows)
+    for split, store in dict(train=evaluator.train, test=evaluator.test).items():
+        rows = getattr(evaluator, f"{split}_rows")
+        embedded = evaluator.embed(backbone.eval(), store, rows)
         x[split] = torch.cat([features.patches for _, features in embedded]).flatten(0, 1)
         y[split] = patch_labels(split, rows, backbone.grid)
     predicted, C = probe(x["train"], y["train"], x["test"])
@@ -102,30 +102,21 @@ def run(row: str, seed: int) -> dict:
     last, weights = {}, None
     if ROWS[row]:
         last = train.main(cfg)  # finds a finished run, if there is one
-        weights = model.load_checkpoint(cfg.run_path / "checkpoint_latest.pth")[0]["student"]
-    bench = evaluation.Bench(cfg, max_train=PROBED)
-    if row == "teacher":
-        backbone = model.load_teacher(cfg.teacher, cfg.teacher_size)
-    else:
-        backbone = model.student_of(cfg, weights)
-    return (dict(row=row, seed=seed) | segment(backbone, bench) | dict(train=last)
-            | model.environment(bench.device))
-
-
-def known() -> list[dict]:
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+        weights = model.load_checkpoint(cfg.run_path)[0]["student"]
+    evaluator = evaluation.Evaluator(cfg, max_train=PROBED)
+    teacher = row == "teacher"
+    backbone = model.load_teacher(cfg) if teacher else model.build_student(cfg, weights)
+    return (dict(row=row, seed=seed) | segment(backbone, evaluator) | dict(train=last)
+            | model.environment(evaluator.device))
 
 
 def table() -> str:
     """Means over seeds in percent, and their standard deviations where there are several."""
     lines = [f"| model | seeds | {' | '.join(SCORES.values())} |", "|---" * (2 + len(SCORES)) + "|"]
     for row in ROWS:
-        runs = [line for line in known() if line["row"] == row]
+        runs = [line for line in known(RUNS) if line["row"] == row]
         cells = [row, str(len(runs))]
-        for key in SCORES:
-            values = [100 * line[key] for line in runs]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        cells += [mean_and_spread([100 * line[key] for line in runs]) for key in SCORES]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -133,10 +124,8 @@ def table() -> str:
 def main() -> None:
     for seed in range(SEEDS):
         for row in ROWS if seed == 0 else list(ROWS)[1:]:  # there is one teacher
-            if (row, seed) not in {(line["row"], line["seed"]) for line in known()}:
-                line = json.dumps(run(row, seed))
-                with open(RUNS, "a") as file:
-                    file.write(line + "\n")
+            if (row, seed) not in {(line["row"], line["seed"]) for line in known(RUNS)}:
+                add(RUNS, run(row, seed))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
+from results.runs import add, known, mean_and_spread  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 LEARN, HELD_OUT = 5_120, 5_000  # training images; batches of 128 divide the former
@@ -73,14 +74,15 @@ def train_lightly(cfg: Config, python: str) -> Path:
 
 
 def evaluate(cfg: Config, backbone: model.Backbone, split: str) -> dict:
-    bench = evaluation.Bench(dataclasses.replace(cfg, test_split=split))
-    return bench.evaluate(*bench.features(backbone)) | model.environment(bench.device)
+    evaluator = evaluation.Evaluator(dataclasses.replace(cfg, test_split=split))
+    row = evaluator.evaluate(*evaluator.features(backbone))
+    return row | model.environment(evaluator.device)
 
 
 def run(side: str, lr: float, seed: int, split: str, images: Path, weights: str,
         python: str) -> None:
     """Train a student, unless it is there already, and evaluate it on a split."""
-    if (side, lr, seed, split) in known():
+    if (side, lr, seed, split) in known_runs():
         return
     # A cache of its own: the time of every run includes decoding, and embedding by the teacher.
     folder = Path("runs/peers") / f"{side.replace(' ', '_')}-{lr:g}-{seed}"
@@ -102,27 +104,25 @@ def run(side: str, lr: float, seed: int, split: str, images: Path, weights: str,
             facts["peer"] = json.loads((folder / "versions.json").read_text())
         finished.write_text(json.dumps(dict(file=str(file), facts=facts)))
     done = json.loads(finished.read_text())
-    student = model.build_student(cfg.student, cfg.student_size, weights=done["file"])
-    add(dict(side=side, lr=lr, seed=seed, split=split) | done["facts"]
-        | evaluate(cfg, student, split))
+    student = model.build_student(dataclasses.replace(cfg, student_weights=done["file"]))
+    add_run(dict(side=side, lr=lr, seed=seed, split=split) | done["facts"]
+            | evaluate(cfg, student, split))
 
 
 def run_bounds(images: Path, weights: str) -> None:
     """Test the teacher and an untrained student."""
-    cfg = Config(**SETTINGS, dataset=str(images))
-    for side, backbone in (
-            ("teacher", model.load_teacher(cfg.teacher, cfg.teacher_size, weights)),
-            ("student, untrained", model.student_of(cfg))):
-        if (side, 0, 0, "test") not in known():
-            add(dict(side=side, lr=0, seed=0, split="test", minutes=0, cpu_minutes=0)
-                | evaluate(cfg, backbone, "test"))
+    cfg = Config(**SETTINGS, dataset=str(images), teacher_weights=weights)
+    for side, backbone in (("teacher", model.load_teacher(cfg)),
+                           ("student, untrained", model.build_student(cfg))):
+        if (side, 0, 0, "test") not in known_runs():
+            add_run(dict(side=side, lr=0, seed=0, split="test", minutes=0, cpu_minutes=0)
+                    | evaluate(cfg, backbone, "test"))
 
 
-def add(line: dict) -> None:
+def add_run(line: dict) -> None:
     names = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in row]
     line |= dict(images=LEARN, cpu=names[0].split(": ")[1], cores=len(os.sched_getaffinity(0)))
-    with open(RUNS, "a") as file:
-        file.write(json.dumps(line | SETTINGS) + "\n")
+    add(RUNS, line | SETTINGS)
 
 
 def cpu_seconds() -> float:
@@ -130,29 +130,26 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def known() -> dict:
+def known_runs() -> dict:
     """The lines of runs.jsonl by (side, lr, seed, split)."""
-    lines = map(json.loads, RUNS.read_text().splitlines() if RUNS.exists() else ())
-    return {(line["side"], line["lr"], line["seed"], line["split"]): line for line in lines}
+    return {(line["side"], line["lr"], line["seed"], line["split"]): line for line in known(RUNS)}
 
 
 def best_rate(side: str) -> float:
-    return max(RATES[side], key=lambda lr: known()[side, lr, 0, "validation"]["knn20"])
+    return max(RATES[side], key=lambda lr: known_runs()[side, lr, 0, "validation"]["knn20"])
 
 
 def table() -> str:
     """Held-out accuracy of every rate; of the chosen ones test means and their standard errors."""
     lines = ["| side | lr | images | seeds | k-NN | linear | CPU minutes |", "|---" * 7 + "|"]
-    groups = dict.fromkeys((side, lr, split) for side, lr, _, split in known())
+    groups = dict.fromkeys((side, lr, split) for side, lr, _, split in known_runs())
     for side, lr, split in sorted(groups, key=lambda group: (group[2] == "test", group)):
-        runs = [line for (*name, seed, where), line in known().items()
+        runs = [line for (*name, seed, where), line in known_runs().items()
                 if (*name, where) == (side, lr, split)]
         cells = []
         for key in ("knn20", "linear"):
             values = [100 * line[key] for line in runs]
-            cells.append(f"{statistics.mean(values):.1f}")
-            if len(values) > 1:
-                cells[-1] += f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+            cells.append(mean_and_spread(values, len(values) ** 0.5))
         cells.append(f"{statistics.mean(line['cpu_minutes'] for line in runs):.1f}")
         lines.append(f"| {side} | {lr:g} | {split} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -68,7 +68,7 @@ def main(python: str, teacher_size: str = "112", student_size: str = "112") -> N
     lightly = partial(seconds, folder, (large, large), peer, compare.LIGHTLY)
     live = (lightly(4) - lightly(2)) / 2
     ours = partial(seconds, folder, (large, small), train.main, compare.OURS)
-    short, long, more = ours(2, 1), ours(6, 1), ours(6, 2)
+    short, long, more = ours(2, 2), ours(6, 2), ours(6, 3)
     cached, view = (long - short) / 4, more - long
     ratio = EPOCHS * live / (VIEWS * view + EPOCHS * cached)
     minutes = (time.time() - begin) / 60

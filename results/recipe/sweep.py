@@ -6,16 +6,14 @@
     python results/recipe/sweep.py --table                         # runs.jsonl as Markdown
 
 IMAGES is CIFAR-10 as train.py's --dataset takes it, WEIGHTS those of the stand-in teacher. Every
-row is a call of `train.main` and is evaluated by `eval.Bench`. Nothing is chosen on test images: a
-fixed tenth of the training images is held out, from students and from the k-NN and probe that are
-tested on it. Objectives that train.py does not have are below. Each run adds a line to runs.jsonl;
-runs that are there already are not repeated. The rows with a ViT teacher read
+row is a call of `train.main` and is evaluated by `eval.Evaluator`. Nothing is chosen on test
+images: a fixed tenth of the training images is held out, from students and from the k-NN and probe
+that are tested on it. Objectives that train.py does not have are below. Each run adds a line to
+runs.jsonl; runs that are there already are not repeated. The rows with a ViT teacher read
 runs/vit-teacher.safetensors (README.md: how it is made); without it they are run only by name.
 """
 
 import dataclasses
-import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -32,6 +30,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
 from examples.forks import queue_kl  # noqa: E402
+from results.runs import add, known, mean_and_spread  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 HELD_OUT = 5_000  # of the 50,000 training images
@@ -57,8 +56,7 @@ class Whitened(model.Distiller):
 
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher, cfg)
-        for head in self.heads.values():
-            head.whiten = self.power
+        self.cls_head.whiten = self.patch_head.whiten = self.power
 
 
 class NotWhitened(Whitened):
@@ -68,9 +66,9 @@ class NotWhitened(Whitened):
 class RandomAxes(model.Distiller):
     """Targets on random orthonormal axes, not whitened."""
 
-    def fit(self, teacher_features):
-        super().fit(teacher_features)
-        for head in self.heads.values():
+    def fit(self, features):
+        super().fit(features)
+        for head in (self.cls_head, self.patch_head):
             generator = torch.Generator().manual_seed(0)
             axes = nn.init.orthogonal_(torch.empty(head.basis.shape), generator=generator)
             head.basis.copy_(axes)
@@ -80,8 +78,9 @@ class RandomAxes(model.Distiller):
 class MSE(model.Distiller):
     """Mean squared difference of unit vectors: (2 - 2 cos) / D."""
 
-    def term_loss(self, name, prediction, target):
-        return super().term_loss(name, prediction, target) * 2 / target.shape[-1]
+    def losses(self, features, target):
+        loss, stats = super().losses(features, target)
+        return loss * 2 / target.shape[-1], stats
 
 
 class Raw(model.Distiller):
@@ -90,7 +89,7 @@ class Raw(model.Distiller):
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher, dataclasses.replace(cfg, head="linear"))
 
-    def fit(self, teacher_features):
+    def fit(self, features):
         pass
 
 
@@ -100,17 +99,14 @@ class QueueAndPatchKL(queue_kl.QueueKL, Raw):
 
     size = 8192
 
-    def __init__(self, student, teacher, cfg):
-        super().__init__(student, teacher, cfg)
-        self.weights = dict(cls=1.0, patch=1.0)
-
-    def term_loss(self, name, prediction, target):
-        if name == "cls":
-            return super().term_loss(name, prediction, target)
-        student, teacher = (F.normalize(x.float(), dim=-1) for x in (prediction, target))
+    def losses(self, features, target):
+        _, stats = super().losses(features, target)
+        patches = self.patch_head.predict(features.patches), target[:, 1:]
+        student, teacher = (F.normalize(x.float(), dim=-1) for x in patches)
         student, teacher = ((x @ x.mT / self.temperature).log_softmax(-1)
                             for x in (student, teacher))
-        return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean()
+        kl = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean()
+        return stats["cls"] + kl, stats | dict(patch=kl)
 
 
 class Truncated(model.Distiller):
@@ -125,14 +121,13 @@ class TrainedMap(Raw):
 
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher, cfg)
-        self.maps = nn.ModuleDict({name: nn.Linear(teacher.embed_dim, student.embed_dim)
-                                   for name in self.terms})
-        for head in self.heads.values():
-            head.predict = nn.Identity()
+        self.cls_map = nn.Linear(teacher.cls_dim, student.cls_dim)
+        self.patch_map = nn.Linear(teacher.patch_dim, student.patch_dim)
+        self.cls_head.predict = self.patch_head.predict = nn.Identity()
 
-    def forward(self, images, targets):
-        cls, patches = self.maps["cls"](targets[:, :1]), self.maps["patch"](targets[:, 1:])
-        return super().forward(images, torch.cat([cls, patches], 1))
+    def losses(self, features, target):
+        cls, patches = self.cls_map(target[:, :1]), self.patch_map(target[:, 1:])
+        return super().losses(features, torch.cat([cls, patches], 1))
 
 
 # ---------------------------------------------------------------------------- rows
@@ -213,22 +208,19 @@ def one(row: str, seed: int, images: str, weights: str) -> dict:
     begin = time.time()
     last = train.main(cfg, objective=objective)
     minutes = (time.time() - begin) / 60
-    saved, _ = model.load_checkpoint(cfg.run_path / "checkpoint_latest.pth")
-    student = model.student_of(cfg, saved["student"])
-    bench = evaluation.Bench(dataclasses.replace(cfg, max_samples=0))
-    return dict(row=row, seed=seed, **bench.row(row, student), loss=last["loss"], minutes=minutes,
-                memory_gb=last["memory_gb"], base=BASE, **model.environment(bench.device),
+    saved, _ = model.load_checkpoint(cfg.run_path)
+    student = model.build_student(cfg, saved["student"])
+    evaluator = evaluation.Evaluator(dataclasses.replace(cfg, max_samples=0))
+    return dict(row=row, seed=seed, **evaluator.row(row, student), loss=last["loss"],
+                minutes=minutes, memory_gb=last["memory_gb"], base=BASE,
+                **model.environment(evaluator.device),
                 settings={k: getattr(v, "__name__", v) for k, v in ROWS[row].items()})
-
-
-def known() -> list[dict]:
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
 
 
 def table() -> str:
     """Means over seeds ± standard deviations; differences to another row, taken seed by seed,
     ± standard errors."""
-    runs = {(run["row"], run["seed"]): run for run in known()}
+    runs = {(run["row"], run["seed"]): run for run in known(RUNS)}
     lines = ["| row | seeds | k-NN | linear | beside | k-NN | linear |", "|---" * 7 + "|"]
     for name in dict.fromkeys(row for row, _ in runs):
         seeds = [seed for row, seed in runs if row == name]
@@ -245,31 +237,20 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def mean_and_spread(values: list[float], root: float = 1) -> str:
-    """Mean ± standard deviation / root, as text; one value alone, or none, as it is."""
-    if len(values) < 2:
-        return "".join(f"{value:.1f}" for value in values)
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / root:.1f}"
-
-
 def main(images: str, weights: str, *rows: str) -> None:
-    done = {(run["row"], run["seed"]) for run in known()}
+    done = {(run["row"], run["seed"]) for run in known(RUNS)}
     if ("teacher", 0) not in done:
-        cfg = Config(**BASE | dict(dataset=held_out(images), max_samples=0))
-        teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, weights)
-        add(dict(row="teacher", seed=0) | evaluation.Bench(cfg).row("teacher", teacher))
+        cfg = Config(**BASE | dict(
+            dataset=held_out(images), max_samples=0, teacher_weights=weights))
+        teacher = evaluation.Evaluator(cfg).row("teacher", model.load_teacher(cfg))
+        add(RUNS, dict(row="teacher", seed=0) | teacher)
     rows = rows or [row for row, changes in ROWS.items()
                     if Path(changes.get("teacher_weights", HERE)).exists()]
     for seed in range(SEEDS):
         for name in rows:
             row, _, only = name.partition("@")
             if only in ("", str(seed)) and (row, seed) not in done:
-                add(one(row, seed, images, weights))
-
-
-def add(run: dict) -> None:
-    with open(RUNS, "a") as file:
-        file.write(json.dumps(run) + "\n")
+                add(RUNS, one(row, seed, images, weights))
 
 
 if __name__ == "__main__":

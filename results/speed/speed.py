@@ -31,6 +31,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import safetensors.torch
@@ -44,7 +45,7 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from config import Config, UserError, parse  # noqa: E402
+from config import Config, UserError  # noqa: E402
 
 REPEATS = 5
 KEEP = dict(MALLOC_TRIM_THRESHOLD_="4000000000", MALLOC_MMAP_THRESHOLD_="4000000000")
@@ -109,12 +110,12 @@ def speeds(lines: list[dict], epoch: int) -> list[float]:
 def floor_step(cfg: Config, dtype):
     """Two functions: forward, loss, backward and fused AdamW on a ready random batch, nothing but
     the student; and the teacher's bare forward."""
-    teacher = model.load_teacher(cfg.teacher, cfg.teacher_size, cfg.teacher_weights)
-    objective = model.Distiller(model.student_of(cfg).train(), teacher, cfg)
+    teacher = model.load_teacher(cfg)
+    objective = model.Distiller(model.build_student(cfg).train(), teacher, cfg)
     optimiser = torch.optim.AdamW(objective.parameters(), fused=True)
     images = torch.rand(cfg.batch_size, 3, cfg.student_size, cfg.student_size)
     tokens = 1 + objective.student.grid[0] ** 2
-    targets = torch.randn(cfg.batch_size, tokens, len(objective.heads["cls"].scale))
+    targets = torch.randn(cfg.batch_size, tokens, len(objective.cls_head.scale))
     pixels = torch.rand(cfg.batch_size, 3, cfg.teacher_size, cfg.teacher_size)
     autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -172,21 +173,21 @@ def step(folder: Path) -> None:
 
 
 def filling(cfg: Config, folder: Path) -> float:
-    """Images per second of the teacher while it fills the cache."""
-    with train.processes(cfg) as place:
-        filled = train.Run(cfg, model.Distiller, *place)
-    train.compile_networks(filled)
-    seconds = []
-    size = data.CHUNK * (4 if filled.device.type == "cuda" else 1)
-    parts = data.batch_rows(np.arange(len(filled.store)), size)
-    student, heads = filled.objective.student, filled.objective.heads
-    shape = len(filled.store), 1 + student.grid[0] ** 2, len(heads["cls"].scale) + 2
-    for _ in range(2):  # the first one warms up, and compiles
-        (folder / "view").unlink(missing_ok=True)
-        begin = time.perf_counter()
-        train.fill_view(filled, 0, parts, shape, folder / "view")
-        seconds.append(time.perf_counter() - begin)
-    return len(filled.store) / seconds[1]
+    """Images per second of the teacher while it fills the second view; the first one warms up."""
+    shutil.rmtree(folder / "cache" / "targets", ignore_errors=True)
+    make_once, seconds = data.make_once, {}
+
+    def timed(path, make):
+        def make_timed(temporary):
+            begin = time.perf_counter()
+            make(temporary)
+            seconds[path.name] = time.perf_counter() - begin
+
+        make_once(path, make_timed)
+
+    with mock.patch.object(data, "make_once", timed):
+        run(dataclasses.replace(cfg, teacher_views=2, epochs=2))
+    return cfg.max_samples / seconds["view_1.i8"]
 
 
 def cache(folder: Path) -> None:
@@ -232,7 +233,7 @@ def store(folder: Path) -> None:
         print(f"| {count} of {width} x {height} px | "
               + " | ".join(f"{count / s:.0f}" for s in seconds) + " |", flush=True)
     stored = data.open_store(settings(folder, max_samples=0, teacher_weights=""), "train")
-    rows = data.batch_rows(data.epoch_order(len(stored), 0, 0), 64)
+    rows = data.batches(data.epoch_order(len(stored), 0, 0), 64)
     (seconds,) = in_turn(lambda: [stored.images[some] for some in rows])
     print(f"\nbatches of 64 from a 32 px store, one thread: {len(stored) / seconds:.0f} images/s")
 
@@ -247,27 +248,32 @@ class Stops(model.Distiller):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def train_on_many(count: int, settings: str) -> None:
+    """Train on a store whose `count` images of 96 px are a sparse file, which takes no disk."""
+    cfg = Config(**json.loads(settings))
+    store = data.open_store(cfg, "train", 1)
+    file = Path(cfg.cache_dir, f"{count}.u8")
+    with open(file, "wb") as sparse:
+        sparse.truncate(count * 3 * 96 * 96)
+    store.rows = np.arange(count)
+    store.images = data.Rows(file, torch.uint8, (count, 3, 96, 96))
+    data.open_store = lambda *arguments: store
+    train.main(cfg, objective=Stops)
+
+
 def memory(folder: Path) -> None:
-    """The same 60 steps on 1,000 stored images and on 500,000, a sparse file that takes no disk."""
-    code = ("import sys; sys.path[:0] = sys.argv[1:3]; import json, pathlib, speed, data, train;"
-            "data.open_store = lambda *a: data.Store(pathlib.Path(sys.argv[3]));"
-            "train.main(speed.Config(**json.loads(sys.argv[4])), objective=speed.Stops)")
+    """The same 60 steps on 1,000 stored images and on 500,000."""
+    code = ("import sys; sys.path[0] = sys.argv[1]; import speed;"
+            "speed.train_on_many(int(sys.argv[2]), sys.argv[3])")
     results = {1_000: [], 500_000: []}
     for _ in range(REPEATS):
         for count, measured in results.items():
-            path = folder / str(count)
-            path.mkdir(exist_ok=True)
-            with open(path / "images.u8", "wb") as file:
-                file.truncate(count * 3 * 96 * 96)
-            info = dict(size=96, split="train", labels=[-1] * count, unreadable=[])
-            (path / "info.json").write_text(json.dumps(info))
             cfg = settings(folder, student_args="depth=2", epochs=10, teacher="demo",
                            teacher_size=32, teacher_weights="", teacher_views=0,
                            run_dir=str(folder / f"run{count}"), batch_size=64)
-            arguments = [str(ROOT), str(ROOT / "results" / "speed"), str(path)]
-            out = subprocess.run(
-                [sys.executable, "-c", code, *arguments, json.dumps(dataclasses.asdict(cfg))],
-                capture_output=True, text=True)
+            arguments = str(Path(__file__).parent), str(count), json.dumps(dataclasses.asdict(cfg))
+            out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True,
+                                 text=True)
             measured.append(float(out.stdout.split("RESIDENT")[1].split()[0]))
     for count, measured in results.items():
         print(f"{count} stored images of 96 px: {statistics.median(measured):.0f} MB resident")
@@ -366,7 +372,7 @@ def gpu_memory(folder: Path) -> None:
         print(f"| {name} | {model.peak_memory(device):.1f} |", flush=True)
         del net, teacher
     print("\n| student | batch 256 | batch 1024 | GB\n|---|---|---|")
-    teacher = SimpleNamespace(grid=(16, 16), embed_dim=768)
+    teacher = SimpleNamespace(grid=(16, 16), cls_dim=768, patch_dim=768)
     for name, size in (("vit_tiny_patch16_224", 96), ("vit_small_patch16_224", 96),
                        ("vit_base_patch16_224", 96), ("vit_small_patch16_224", 224),
                        ("resnet18", 96), ("resnet50", 224)):
@@ -375,11 +381,11 @@ def gpu_memory(folder: Path) -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             cfg = Config(student=name, student_size=size)
-            objective = model.Distiller(model.student_of(cfg).train(), teacher, cfg).to(device)
+            objective = model.Distiller(model.build_student(cfg).train(), teacher, cfg).to(device)
             optimiser = torch.optim.AdamW(objective.parameters(), fused=True)
             tokens = 1 + objective.student.grid[0] ** 2
             images = torch.rand(batch, 3, size, size, device=device)
-            targets = torch.randn(batch, tokens, len(objective.heads["cls"].scale), device=device)
+            targets = torch.randn(batch, tokens, len(objective.cls_head.scale), device=device)
             for _ in range(steps):
                 optimiser.zero_grad()
                 with torch.autocast(device.type, torch.bfloat16):
@@ -405,5 +411,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    parse(Config, [])  # what timm lists is read once, outside of what is timed
     main(sys.argv[1] if len(sys.argv) > 1 else "")

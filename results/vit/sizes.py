@@ -8,6 +8,7 @@ The last line that it prints is the size of the best k-NN accuracy.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -17,12 +18,12 @@ from config import Config
 
 if __name__ == "__main__":
     images, split, teacher, weights, file, *sizes = sys.argv[1:]
-    cfg = Config(dataset=images, eval_split="train", test_split=split, teacher=teacher)
-    bench = evaluation.Bench(cfg, max_train=10_000, max_test=2_000)
+    cfg = Config(dataset=images, test_split=split, teacher=teacher, teacher_weights=weights)
+    evaluator = evaluation.Evaluator(cfg, max_train=10_000, max_test=2_000)
     rows = []
     for size in map(int, sizes):
-        backbone = model.load_teacher(teacher, size, weights)
-        rows.append(bench.row(f"{teacher} at {size} px", backbone))
-    text = "".join(json.dumps(row | model.environment(bench.device)) + "\n" for row in rows)
+        backbone = model.load_teacher(replace(cfg, teacher_size=size))
+        rows.append(evaluator.row(f"{teacher} at {size} px", backbone))
+    text = "".join(json.dumps(row | model.environment(evaluator.device)) + "\n" for row in rows)
     Path(file).write_text(text)
     print(max(rows, key=lambda row: row["knn20"])["size"])

@@ -12,9 +12,9 @@ mkdir -p runs
 
 student() {  # NAME SEED SETTINGS
     run=runs/$1-$2
-    if [ -s "$run/eval.json" ]; then return; fi
+    if compgen -G "$run/eval*.json" > /dev/null; then return; fi
     python3 train.py --run_dir "$run" --seed "$2" "${@:3}" $OPTIONS > "$run.out" 2>&1
-    python3 eval.py "$run/checkpoint_latest.pth" $([ "$2" = 0 ] || echo --no_baselines) >> "$run.out" 2>&1
+    python3 eval.py "$run" $([ "$2" = 0 ] || echo --no_baselines) >> "$run.out" 2>&1
 }
 export -f student
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
@@ -37,7 +38,8 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone):
         super().__init__()
-        self.backbone, self.linear = backbone, nn.Linear(2 * backbone.embed_dim, sum(CLASSES))
+        width = backbone.cls_dim + backbone.patch_dim
+        self.backbone, self.linear = backbone, nn.Linear(width, sum(CLASSES))
 
     def forward(self, images):
         features = self.backbone(images)
@@ -47,15 +49,16 @@ class Classifier(nn.Module):
 def labelled_images(dataset, device):
     cfg = Config(dataset=dataset, teacher_size=STORED, student_size=STORED)
     store = data.open_store(cfg, "train")
-    return store.images.to(device), torch.from_numpy(store.labels).to(device)
+    store.images.move(device)
+    _, labels = np.unique(store.labels().astype(str), return_inverse=True)
+    return store.images.resident, torch.from_numpy(labels).to(device)
 
 
 def batches(count):
-    """Rows and boxes of one batch after another, without end."""
+    """Rows, boxes and flips of one batch after another, without end."""
     for epoch in itertools.count():
-        boxes = data.view_boxes(0, epoch, count, 0.4)
-        for rows in data.batch_rows(data.epoch_order(count, 0, epoch), BATCH):
-            yield rows, boxes[rows]
+        for rows in data.batches(data.epoch_order(count, 0, epoch), BATCH):
+            yield rows, *data.view_crops(rows, 0, epoch, 0.4)
 
 
 def main(cifar10, tiny_imagenet, file, seconds):
@@ -72,8 +75,8 @@ def main(cifar10, tiny_imagenet, file, seconds):
     mix = timm.data.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.5, num_classes=sum(CLASSES))
     forward = torch.compile(classifier)
     elapsed = 0
-    for step, (rows, boxes) in enumerate(batches(len(images)), 1):
-        pixels, targets = mix(data.render(images[rows], boxes, SIZE), labels[rows])
+    for step, (rows, *crops) in enumerate(batches(len(images)), 1):
+        pixels, targets = mix(data.render(images[rows], SIZE, *crops), labels[rows])
         progress = elapsed / seconds
         for group in optimiser.param_groups:
             group["lr"] = LR * min(1, 20 * progress) * (1 + math.cos(math.pi * progress)) / 2
