@@ -487,12 +487,14 @@ def barrier(world):
 
 @contextmanager
 def stop_signals():
-    """Yield a list that collects the first SIGINT or SIGTERM; a second one ends the process."""
+    """Yield a list that collects SIGINT and SIGTERM. A second Ctrl-C ends the process; torchrun and
+    SLURM send each signal twice as a matter of course."""
     received, before = [], {}
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(number, before[number])  # a second one of its kind ends the process
+        if number == signal.SIGINT and "RANK" not in os.environ:
+            signal.signal(number, before[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, receive)

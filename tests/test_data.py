@@ -76,7 +76,7 @@ def test_data_without_one_image_column_are_refused_by_name(tiny, tmp_path, colum
 @pytest.mark.parametrize("column", ["note", "missing"])
 def test_a_column_that_holds_no_images_is_refused_with_the_cause(tiny, tmp_path, column):
     datasets.Dataset.from_dict(dict(photo=[png(0)], note=["x"])).save_to_disk(tmp_path / "disk")
-    with pytest.raises(UserError, match=f"{column}|no image of train can be read"):
+    with pytest.raises(UserError, match="not one image column among photo, note|no image of train"):
         data.open_store(tiny(dataset=str(tmp_path / "disk"), image_column=column), "train")
 
 
@@ -232,7 +232,7 @@ def test_what_is_left_out_is_said_at_every_start(own, tmp_path):
     data.Image.fromarray(np.full((50, 50), 40000, np.uint16)).save(cats / "deep.png")
     for _ in range(2):
         summary = data.open_store(own(), "train").summary
-        for words in ("12 of train, 1 of test", "8 of cat, 4 of dog", "8 of 12 are used",
+        for words in ("12 of train, 1 of test", "8 cat, 4 dog", "8 of 12 are used",
                       "4 images cannot be read", "1 .heic", "1 without extension", "1 .csv",
                       "1 .parquet", "1 .jpg", "more than 8 bits"):
             assert words in summary.replace("1 of test, 12 of train", "12 of train, 1 of test")
@@ -350,8 +350,8 @@ def test_images_below_a_class_folder_have_its_class():
 
 
 @pytest.mark.parametrize("names, words", [
-    (["part_1/1.png", "part_2/2.png"], "1 of part_1, 1 of part_2"),
-    (["images/1.png", "images/2.png", "masks/1.png"], "2 of images, 1 of masks"),
+    (["part_1/1.png", "part_2/2.png"], "1 part_1, 1 part_2"),
+    (["images/1.png", "images/2.png", "masks/1.png"], "2 images, 1 masks"),
     (["train/1.png", "test/2.png", "more/3.png", "more/4.png"], "2 of more"),
 ])
 def test_what_is_taken_for_classes_and_splits_is_said_with_counts(own, tmp_path, names, words):
@@ -536,7 +536,8 @@ def test_another_processs_lock_is_waited_for_with_a_word(tmp_path, monkeypatch, 
     monkeypatch.setattr(data.log, "propagate", True)
     with caplog.at_level("INFO"), data.locked(tmp_path / "x.lock"):
         assert f"waiting for {tmp_path / 'x.lock'}, which another" in caplog.text
-    with pytest.raises(data.Timeout), data.locked(tmp_path / "x.lock", wait=False):
+    with pytest.raises(UserError, match="another process"), data.locked(
+            tmp_path / "x.lock", wait=False):
         pass
 
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import types
@@ -18,6 +16,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_forks import continues
 from torch import nn
 
 import data
@@ -25,7 +24,7 @@ import eval as evaluation
 import model
 import train
 from config import DATASETS, Config, EvalConfig, UserError, parse
-from test_smoke import TINY, latest, metrics, same
+from test_smoke import TINY, metrics
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
@@ -179,7 +178,7 @@ def test_recipes_run_with_the_embedding_that_was_trained(home, tmp_path, name):
     saved, _ = model.load_checkpoint(cfg.run_path)
     student = model.build_student(cfg, saved["student"])
     size = cfg.student_size
-    pixels = data.decode(dict(path=str(home / "query.jpg")), size, [str(home)])
+    pixels = data.decode(dict(bytes=(home / "query.jpg").read_bytes()), size)
     images = data.render(torch.from_numpy(pixels)[None], size)
     noise = torch.rand(3, 3, size, size)
     with torch.inference_mode():
@@ -237,7 +236,7 @@ def test_saved_features_are_those_of_the_checkpoint(home, monkeypatch):
         assert all(classes[label] in name for label, name in zip(labels, names, strict=True))
         with torch.inference_mode():
             student = model.build_student(cfg, saved["student"])
-            pixels = data.decode(dict(path=names[7]), 32, [cfg.dataset])
+            pixels = data.decode(dict(bytes=Path(cfg.dataset, names[7]).read_bytes()), 32)
             expected = student(data.render(torch.from_numpy(pixels)[None], 32)).cls[0]
         assert torch.allclose(embeddings[7], expected, atol=1e-5)
 
@@ -359,33 +358,6 @@ def patched(name: str, folder: Path) -> types.ModuleType:
     return module
 
 
-def stop_after(monkeypatch, steps: int) -> None:
-    """Send this process SIGTERM in the given step, counted from where the run begins."""
-    inner, left = torch.amp.GradScaler.update, [steps]
-
-    def update(self, *arguments):
-        inner(self, *arguments)
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(torch.amp.GradScaler, "update", update)
-
-
-def continues(module, cfg, monkeypatch, stops=(3, 6), objective=model.Distiller):
-    """The last line of a run; it must have the weights of one that is stopped and continued."""
-    line = module.main(cfg, objective)
-    other = dataclasses.replace(cfg, run_dir=f"{cfg.run_path}-stopped")
-    for steps in stops:
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            stop_after(patch, steps)
-            module.main(other, objective)
-    module.main(other, objective)
-    states = [torch.load(latest(some), weights_only=True)["objective"] for some in (cfg, other)]
-    assert same(*states)
-    return line
-
-
 def test_patches_of_main_apply():
     source = (ROOT / "train.py").read_text()
     for name, diff in PATCHES.items():
@@ -397,7 +369,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, tmp_path, monk
     cfg = tiny(epochs=3, run_dir=str(tmp_path / "whole"))
     whole = train.main(cfg)
     cfg = dataclasses.replace(cfg, run_dir=str(tmp_path / "parts"))
-    parts = continues(patched("accumulation", tmp_path), cfg, monkeypatch)
+    continues(cfg, monkeypatch, program=patched("accumulation", tmp_path))
+    parts = metrics(cfg)[-1]
     for name in ("loss", "cls", "patch", "norm", "lr"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-3), name
 
@@ -405,7 +378,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, tmp_path, monk
 @slow
 def test_the_patch_of_the_schedule_sets_its_rates(tiny, tmp_path, monkeypatch):
     cfg = tiny(epochs=3, log_every=1)
-    continues(patched("schedule", tmp_path), cfg, monkeypatch)
+    continues(cfg, monkeypatch, program=patched("schedule", tmp_path))
     for line in metrics(cfg):
         left = 3 - (line["step"] - 1) / 5
         assert line["lr"] == pytest.approx(cfg.lr * min(1, line["step"] / 500, left / 10))
@@ -423,7 +396,7 @@ def test_muon_keeps_its_own_rate_when_it_is_continued(tiny, tmp_path, monkeypatc
 
     monkeypatch.setattr(torch.optim.Muon, "step", spy)
     cfg = tiny(epochs=3, log_every=1)
-    continues(patched("muon", tmp_path), cfg, monkeypatch)
+    continues(cfg, monkeypatch, program=patched("muon", tmp_path))
     expected = [20 * line["lr"] for line in metrics(cfg)]
     assert rates[:15] == pytest.approx(expected) and rates[15:] == pytest.approx(expected)
 
@@ -438,7 +411,7 @@ def test_crops_change_over_epochs_and_views_are_not_used_twice(tiny, tmp_path, m
         return inner(index, seed, view, scale)
 
     monkeypatch.setattr(data, "view_crops", spy)
-    continues(module, tiny(epochs=3, teacher_views=0), monkeypatch)
+    continues(tiny(epochs=3, teacher_views=0), monkeypatch, program=module)
     assert {round(scale, 3) for scale in scales} == {1.0, 0.8, 0.6}
     with pytest.raises(UserError, match="as many as"):
         module.main(tiny(epochs=3, teacher_views=2, run_dir=str(tmp_path / "two")))
@@ -451,6 +424,6 @@ def test_lines_of_the_log_go_to_a_service(tiny, tmp_path, monkeypatch):
                                     log=lambda line, step: sent.append(line | dict(step=step)))
     monkeypatch.setitem(sys.modules, "wandb", service)
     cfg = tiny(epochs=3)
-    continues(patched("wandb", tmp_path), cfg, monkeypatch)
+    continues(cfg, monkeypatch, program=patched("wandb", tmp_path))
     assert sent[:len(metrics(cfg))] == metrics(cfg)
     assert begun == [cfg.run_path.name, *3 * [f"{cfg.run_path.name}-stopped"]]

@@ -37,8 +37,9 @@ def trained(cfg) -> str:
     return latest(cfg)
 
 
-def test_of_the_images_embeddings_alone_are_kept(tiny, monkeypatch):
-    cfg = tiny()
+def test_of_the_images_embeddings_alone_are_kept(own, tmp_path, monkeypatch):
+    tables(tmp_path, [0, 1] * 8)
+    cfg = own()
     evaluator, student = evaluation.Evaluator(cfg), model.build_student(cfg)
     cat, held = torch.cat, []
 
@@ -52,8 +53,9 @@ def test_of_the_images_embeddings_alone_are_kept(tiny, monkeypatch):
     assert held and set(held) == {1.0}, "a view of the class tokens holds those of all patches"
 
 
-def test_several_checkpoints_give_a_row_each_and_need_nothing_but_themselves(tiny):
-    cfg = tiny(save_every=1)
+def test_several_checkpoints_give_a_row_each_and_need_nothing_but_themselves(own, tmp_path):
+    tables(tmp_path, [0, 1] * 8)
+    cfg = own(save_every=1, epochs=2)
     train.main(cfg)
     files = tuple(str(cfg.run_path / f"checkpoint_epoch_{n}.pth") for n in (1, 2))
     rows = evaluation.main(EvalConfig(files, max_test=100))
@@ -64,8 +66,9 @@ def test_several_checkpoints_give_a_row_each_and_need_nothing_but_themselves(tin
     assert {"torch", "device", "commit", "gflops", "images_per_s"} <= rows[-1].keys()
 
 
-def test_a_trained_student_is_the_network_that_the_untrained_one_is(tiny):
-    path = trained(tiny(epochs=1))
+def test_a_trained_student_is_the_network_that_the_untrained_one_is(own, tmp_path):
+    tables(tmp_path, [0, 1] * 8)
+    path = trained(own())
     timm.layers.set_fused_attn(True)  # as in a new process
     _, untrained, student = evaluation.main(EvalConfig((path,)))
     assert student["gflops"] == untrained["gflops"]

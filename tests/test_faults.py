@@ -88,7 +88,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path):
 
 
 def test_a_second_process_on_the_same_run_is_refused(tmp_path):
-    refused = pytest.raises(UserError, match="another process is training in .*run")
+    refused = pytest.raises(UserError, match="another process .*run.lock")
     with FileLock(tmp_path / "run.lock"), refused:
         train.main(settings(tmp_path))
     assert os.listdir(tmp_path) == ["run.lock"], "nothing was written"

@@ -127,15 +127,16 @@ def stop_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(torch.amp.GradScaler, "update", update)
 
 
-def continues(cfg, tmp_path, monkeypatch, objective=model.Distiller):
-    """A run, which must have the weights of one that is stopped twice and continued; its Config."""
-    train.main(cfg, objective=objective)
-    stopped = dataclasses.replace(cfg, run_dir=str(tmp_path / "stopped"))
+def continues(cfg, monkeypatch, objective=model.Distiller, program=train):
+    """A run must have the weights of one that is stopped twice and continued: the other's Config.
+    program: train.py, or a changed copy of it."""
+    program.main(cfg, objective=objective)
+    stopped = dataclasses.replace(cfg, run_dir=f"{cfg.run_path}-stopped")
     for steps in (3, 6):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             stop_after(patch, steps)
-            train.main(stopped, objective=objective)
-    train.main(stopped, objective=objective)
+            program.main(stopped, objective=objective)
+    program.main(stopped, objective=objective)
     assert same(state(cfg), state(stopped))
     return stopped
 
@@ -157,7 +158,7 @@ def check_export(cfg) -> None:
 @pytest.mark.parametrize("fork", FORKS)
 def test_a_fork_keeps_every_promise(tiny, tmp_path, monkeypatch, fork):
     cfg = tiny(epochs=3, teacher_views=1, student_args=SMALL)
-    cfg = continues(cfg, tmp_path, monkeypatch, fork)
+    cfg = continues(cfg, monkeypatch, fork)
     row = evaluation.main(EvalConfig((latest(cfg),), baselines=False, max_train=80, max_test=80))
     assert 0 <= row[-1]["knn20"] <= 1
     check_export(cfg)
@@ -168,7 +169,7 @@ def test_a_fork_keeps_every_promise(tiny, tmp_path, monkeypatch, fork):
 def test_a_fork_trains_where_the_grids_differ_and_nothing_is_cached(tiny, tmp_path, monkeypatch,
                                                                     fork):
     cfg = tiny(epochs=3, teacher_views=0, student_size=48, student_args=SMALL)
-    continues(cfg, tmp_path, monkeypatch, fork)
+    continues(cfg, monkeypatch, fork)
 
 
 def test_forks_with_other_targets_have_a_cache_of_their_own(tiny, tmp_path):
@@ -373,7 +374,7 @@ SEEDS = dict(teacher=0)
 
 def test_two_teachers_are_one_that_is_registered(tiny, tmp_path, monkeypatch):
     cfg = tiny(epochs=3, teacher_views=1, teacher="two_teachers", student_args=SMALL)
-    cfg = continues(cfg, tmp_path, monkeypatch)
+    cfg = continues(cfg, monkeypatch)
     assert model.load_teacher(cfg).cls_dim == 2 * 192
     args = EvalConfig((latest(cfg),), max_train=80, max_test=80)
     rows = evaluation.main(args)
@@ -399,7 +400,7 @@ def test_a_registered_teacher_is_in_eval_mode(tiny):
 def test_a_student_of_another_library_trains(tiny, tmp_path, monkeypatch, student, package):
     pytest.importorskip(package)
     cfg = tiny(epochs=3, teacher_views=1, student=student, student_args="")
-    cfg = continues(cfg, tmp_path, monkeypatch)
+    cfg = continues(cfg, monkeypatch)
     check_export(cfg)
     if package == "transformers":
         built = model.build_student(cfg)
@@ -430,7 +431,7 @@ def test_a_data_set_of_ones_own_is_known_by_its_content(tiny, tmp_path, monkeypa
     monkeypatch.setitem(DATASETS, "mine", colours(0))
     cfg = tiny(epochs=3, teacher_views=1, dataset="mine", student_args=SMALL,
                cache_dir=str(tmp_path / "cache"))
-    cfg = continues(cfg, tmp_path, monkeypatch)
+    cfg = continues(cfg, monkeypatch)
     row = evaluation.main(EvalConfig((latest(cfg),), baselines=False))[-1]
     assert row["knn20"] > 0.9 and (row["train_images"], row["test_images"]) == (80, 40)
     first = data.open_store(cfg, "train")
@@ -467,6 +468,6 @@ def test_muon_brings_its_own_rate_by_lr_scale(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", Muon)
     cfg = tiny(epochs=3, teacher_views=1, student_args=SMALL, log_every=1)
-    continues(cfg, tmp_path, monkeypatch, Scaled)
+    continues(cfg, monkeypatch, Scaled)
     expected = [20 * line["lr"] for line in metrics(cfg)]
     assert rates[:15] == pytest.approx(expected) and rates[15:] == pytest.approx(expected)
