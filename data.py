@@ -277,7 +277,7 @@ def class_name(kind, value):
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # some tools make floats of integers that have gaps
-    if isinstance(kind, datasets.ClassLabel):
+    if isinstance(kind, datasets.ClassLabel) and value in range(kind.num_classes):
         value = kind.int2str(value)
     return unicodedata.normalize("NFC", str(value))
 
@@ -349,13 +349,13 @@ def open_folder(cfg):
     folder = os.path.abspath(cfg.dataset)
     skipped = {os.path.realpath(path) for path in (cfg.cache_dir, cfg.run_path)}
     names = list(list_files(folder, skipped))
-    if "dataset_dict.json" in names or "state.json" in names:
-        return open_saved(folder), []
     images = [name for name in names if is_image(name)]
+    if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
+        return open_saved(folder), images
     tables = [name for name in names if name.endswith(".parquet")]
     used = max(images, tables, key=lambda some: sum(os.stat(f"{folder}/{n}").st_size for n in some))
-    has_configs = "README.md" in names and "config_name:" in Path(folder, "README.md").read_text()
-    if has_configs or not used:
+    readme = Path(folder, "README.md").read_text(errors="replace") if "README.md" in names else ""
+    if "config_name:" in readme or not used:
         return datasets.load_dataset(folder, cfg.dataset_config or None), []
     if used is images:
         splits = {split: Files(folder, some) for split, some in folder_splits(images).items()}
@@ -364,7 +364,8 @@ def open_folder(cfg):
         stems = {re.sub(r"(-\d+-of-\d+)?\.parquet$", f"/{name}", name): name for name in tables}
         files = {split: [glob.escape(f"{folder}/{stems[stem]}") for stem in some]
                  for split, some in folder_splits(list(stems)).items()}
-        splits = datasets.load_dataset("parquet", data_files=files)
+        splits = {split: datasets.load_dataset("parquet", data_files=some, split="train")
+                  for split, some in files.items()}  # apart: their columns and classes may differ
     return splits, {*names} - {*used}
 
 
@@ -439,8 +440,10 @@ def open_source(cfg, split):
 
 
 def commonest(names):
-    """'3 cat, 2 dog': what there is most of."""
-    return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common(6))
+    """'3 cat, 2 dog': what there is most of, and of how many others."""
+    counts = Counter(names)
+    text = ", ".join(f"{count} {name}" for name, count in counts.most_common(6))
+    return f"{text} and {len(counts) - 6} others" if len(counts) > 6 else text
 
 
 def open_image(cell, folders):
@@ -463,9 +466,10 @@ def open_image(cell, folders):
 def decode(cell, size, folders=("",)):
     """A cell -> uint8 [3, size, size]: upright RGB, short side resized, centre-cropped."""
     image = open_image(cell, folders)
-    # Colours of 16 bits are RGB;16B in PNG and TIFF, and have a largest value in PPM; BGR;16 of BMP
-    # has 5, 6 and 5 bits.
-    if image.mode[0] in "IF" or re.search(r"[^R];16|'RGB', \d{4}", str(image.tile)):
+    # Colours of 16 bits: RGB;16B in PNG and TIFF, a largest value in PPM, tag 258 of TIFF planes.
+    # BGR;16 of BMP has 5, 6 and 5 bits.
+    deep = re.search(r"[^R];16|'RGB', \d{4}", str(image.tile))
+    if image.mode[0] in "IF" or deep or max(getattr(image, "tag_v2", {}).get(258, (8,))) > 8:
         raise UserError("pixels of more than 8 bits, which would lose their contrast")
     image.draft("RGB", (size, size))  # JPEG: decode at 1/2, 1/4, 1/8 where that suffices
     with suppress(Exception):  # a broken EXIF block is no reason to lose the pixels

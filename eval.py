@@ -153,10 +153,11 @@ class Evaluator:
 
     def stated(self):
         """What was evaluated on, for eval.json."""
-        return dict(dataset=self.cfg.dataset, train_split=self.train.split,
-                    test_split=self.test.split, train_images=len(self.y),
-                    test_images=len(self.y_test), label_column=self.cfg.label_column,
-                    images=[self.train.fingerprint, self.test.fingerprint])
+        return dict(dataset=self.cfg.dataset, label_column=self.cfg.label_column,
+                    train_split=self.train.split, test_split=self.test.split,
+                    train_images=len(self.y), test_images=len(self.y_test),
+                    images=[self.train.fingerprint, self.test.fingerprint],
+                    precision=self.cfg.precision)
 
     def embed(self, backbone, store, rows):
         """Yield whole stored images uint8 [B, 3, S, S] on the device, and their Features."""
@@ -279,7 +280,8 @@ def main(args, cfg=None):
     largest = max(max(own.teacher_size, own.student_size) for own in settings)
     evaluator = Evaluator(replace(settings[0], teacher_size=largest), args.max_train, args.max_test)
     print(f"{evaluator.cfg.dataset}: {len(evaluator.y)} training, {len(evaluator.y_test)} test "
-          f"images ({evaluator.train.summary})", flush=True)
+          f"images\ntraining split: {evaluator.train.summary}\n"
+          f"test split: {evaluator.test.summary}", flush=True)
     rows = {}  # each teacher and untrained student once
     for (saved, _), own in zip(loaded, settings, strict=True):
         student = models.build_student(own, saved["student"])

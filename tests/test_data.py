@@ -283,6 +283,32 @@ def test_the_parts_of_a_parquet_split_belong_together(own, tmp_path):
     assert [len(data.open_store(own(), split)) for split in ("train", "test")] == [6, 1]
 
 
+def test_parquet_splits_may_have_other_columns_and_classes(own, tmp_path):
+    def write(split, names, words):
+        cells = [dict(bytes=png(i), path=None) for i in range(len(words))]
+        kinds = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+        rows = datasets.Dataset.from_dict(dict(image=cells, label=words), kinds)
+        rows.to_parquet(tmp_path / "own" / f"{split}.parquet")
+
+    tables(tmp_path, None)
+    write("train", ["ant", "cat", "dog"], ["ant", "cat", "dog"])
+    write("test", ["dog", "cat"], ["cat", "dog"])
+    rows = datasets.Dataset.from_dict(dict(image=[dict(bytes=png(9), path=None)]))
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "own" / "new.parquet")
+    found = [of(data.open_store(own(), split)) for split in ("train", "test", "new")]
+    assert found == [["ant", "cat", "dog"], ["cat", "dog"], [None]]
+
+
+def test_parquet_files_beside_those_of_splits_are_none(own, tmp_path):
+    tables(tmp_path, [0, 1], [1])
+    os.rename(tmp_path / "own", tmp_path / "data")
+    tables(tmp_path, [0] * 3)
+    os.rename(tmp_path / "own" / "train.parquet", tmp_path / "own" / "extra.parquet")
+    os.rename(tmp_path / "data", tmp_path / "own" / "data")
+    store = data.open_store(own(), "train")
+    assert len(store) == 2 and "3 of no split" in store.summary
+
+
 # ---------------------------------------------------------------------------- folders
 
 
@@ -592,6 +618,15 @@ def test_class_names_are_the_same_in_whatever_form_a_split_has_them(own, tmp_pat
         rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
         rows.cast_column("label", kind).save_to_disk(tmp_path / "own")
         assert of(data.open_store(own(), "train")) == expected
+
+
+def test_a_number_without_a_name_is_its_own_name(own, tmp_path):
+    rows = dict(image=[dict(bytes=png(i), path=None) for i in range(2)], label=[0, 255])
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    rows = datasets.Dataset.from_dict(rows, kinds)
+    rows.info.features["label"] = datasets.ClassLabel(names=["ant"])
+    rows.save_to_disk(tmp_path / "own")
+    assert of(data.open_store(own(), "train")) == ["ant", "255"]
 
 
 @pytest.mark.parametrize("column", ["boxes", "missing", "image"])

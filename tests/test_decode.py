@@ -125,6 +125,22 @@ def bitmap_565(*colours: str) -> bytes:
     return b"BM" + sizes + header + pixels
 
 
+def planar_tiff(*colours: str) -> bytes:
+    """A TIFF of 16 bits a colour, and a plane for each, as satellites' images are."""
+    planes = quarters(*([COLOURS[c] for c in colours]), dtype="<u2").transpose(2, 0, 1) * 257
+    length = planes.nbytes // 3
+    # Of three values their place: bits of a colour, places and lengths of the planes.
+    tags = {256: SIDE, 257: SIDE, 258: 134, 259: 1, 262: 2, 273: 140, 277: 3, 278: SIDE, 279: 152,
+            284: 2}
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 3 if value > 99 else 1, value)
+        for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    assert len(head) == tags[258]
+    places = [164 + plane * length for plane in range(3)]
+    return head + struct.pack("<3H6I", *[16] * 3, *places, *[length] * 3) + planes.tobytes()
+
+
 def directory(path: Path):
     path.mkdir()
 
@@ -197,6 +213,7 @@ CASES = [
     ("16 bit rgb alpha.png", deep_png(6, *((*COLOURS[c], 255) for c in "rgdl")), "8 bits"),
     ("16 bit gray alpha.png", deep_png(4, (0, 255), (85, 255), (170, 255), (0, 0)), "8 bits"),
     ("16 bit rgb.ppm", b"P6 %d %d 65535\n" % (SIDE, SIDE) + bytes(6 * SIDE**2), "8 bits"),
+    ("16 bit rgb.tif", planar_tiff(*"rgdl"), "8 bits"),
     ("16 bits a pixel.bmp", bitmap_565(*"rgby"), "rgby"),
     ("32 bit.tif", saved(gray(0, 2**29, 2**30, 3 * 2**29, dtype=np.int32), "tiff"), "8 bits"),
     ("32 bit holding 16.tif", saved(gray(*QUARTERS_16, dtype=np.int32), "tiff"), "8 bits"),

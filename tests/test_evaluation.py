@@ -202,10 +202,11 @@ def test_a_malicious_pickle_is_not_executed(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_teacher_that_has_other_weights_now_is_refused(tiny, tmp_path):
-    path = trained(tiny(epochs=1))
+def test_a_teacher_that_has_other_weights_now_is_refused(own, tmp_path):
+    tables(tmp_path, [0, 1] * 8)
+    path = trained(own())
     other = {name: value.contiguous() + 1e-3
-             for name, value in model.load_teacher(tiny()).net.state_dict().items()}
+             for name, value in model.load_teacher(own()).net.state_dict().items()}
     with safetensors.safe_open(model.WEIGHTS["demo"], "pt") as file:
         how = file.metadata()
     safetensors.torch.save_file(other, tmp_path / "other.safetensors", how)
@@ -223,6 +224,18 @@ def test_comparing_two_models_leaves_mixed_precision_as_it_was(tiny):
     fork = saved | dict(identity=dict(objective="Fork"))
     assert evaluator.compare(fork, cfg, student, teacher) == {}
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_images_that_the_test_split_lacks_are_said(own, tmp_path, capsys):
+    put(tmp_path / "own", *[f"{s}/{c}/{i}.png" for s in ("train", "test") for c in "ab"
+                            for i in range(8)])
+    (tmp_path / "own" / "test" / "a" / "bad.png").write_bytes(b"no image")
+    path = trained(own())
+    for _ in range(2):
+        capsys.readouterr()
+        evaluation.main(EvalConfig((path,), baselines=False))
+        said = capsys.readouterr().out
+        assert "16 of 17 are used, 1 images cannot be read, such as test/a/bad.png" in said
 
 
 @pytest.mark.parametrize("flag", ["--preset", "--eval_dataset", "--lr", "--run_dir"])
