@@ -197,7 +197,8 @@ def test_a_checkpoint_is_found_in_its_run_folder_and_others_are_told_apart(run, 
         assert words in refused(evaluation.main, EvalConfig, path)
 
 
-@pytest.mark.parametrize("part", ["config", "student", "objective", "optimiser", "known", "step"])
+@pytest.mark.parametrize(
+    "part", ["config", "student", "objective", "optimiser", "identity", "step"])
 def test_a_checkpoint_that_lacks_a_part_is_refused(run, refused, part):
     change(latest(run), lambda saved: {k: v for k, v in saved.items() if k != part})
     message = refused(train.main, Config, *flags(run))
@@ -321,8 +322,8 @@ def paths_in(folder: Path) -> set[Path]:
     (dict(dataset="https://example.org/x"), "no data set 'https://example.org/x'"),
     (dict(student="hf-hub:some/one"), "not a model of timm"),
     (dict(student="local-dir:/outside"), "not a model of timm"),
-    (dict(student_args="pretrained=True"), "for weights see --student_weights"),
-    (dict(student_args="pretrained_cfg_overlay={'file':'/outside'}"), "for weights see"),
+    (dict(student_args="pretrained=True"), "weights are a file of their own"),
+    (dict(student_args="pretrained_cfg_overlay={'file':'/outside'}"), "a file of their own"),
 ])
 def test_a_strangers_checkpoint_reaches_neither_files_nor_the_hub(
         run, refused, tmp_path, monkeypatch, wish, words):

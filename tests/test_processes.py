@@ -19,6 +19,8 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from config import Config, parse
 
@@ -195,11 +197,16 @@ def test_machines_with_other_images_are_refused(train, tmp_path):
 @slow
 @pytest.mark.parametrize("last, words", [
     (["--precision", "bf16"], "dtype: 'torch.float32', now 'torch.bfloat16'"),
-    (["--lr", "0.5"], "lr: 0.001, now 0.5"), (["--epochs", "4"], "epochs: 3, now 4")])
+    (["--lr", "0.5"], "lr: 0.001, now 0.5"), (["--epochs", "4"], "epochs: 3, now 4"),
+    pytest.param(["--teacher_weights", "other.safetensors"], "teacher: '", id="other_weights")])
 def test_processes_of_other_settings_are_refused(train, tmp_path, last, words):
+    demo = ROOT / "demo" / "teacher.safetensors"
+    state = load_file(demo)
+    other = state | {"norm.bias": state["norm.bias"] + 0.01}
+    save_file(other, tmp_path / "other.safetensors", safe_open(demo, "pt").metadata())
     statuses, texts = train([tmp_path] * 2, last=last)
     assert statuses[1] == 2 and statuses[0] > 0, texts
-    assert f"need the same command, images and hardware\n  - {words}" in texts[1]
+    assert re.search(f"need the same command, images and hardware.*\n  - {words}", texts[1]), texts
 
 
 @slow
