@@ -355,11 +355,18 @@ def create(name, weights, arguments, pretrained=False):
         return from_hub(f"the weights of {name}", "--teacher_weights FILE", build, pretrained=True)
     net = build()
     if weights:
-        # Converts the names of other releases, and resizes position tables.
         converter = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+
+        def convert(state, net):
+            """timm's: the names of other releases, position tables of other sizes. Not of what
+            fits as it is: before 1.0.31 timm takes each file for the official release."""
+            own, given = ({key: value.shape for key, value in some.items()}
+                          for some in (net.state_dict(), state))
+            return converter(state, net) if converter and given != own else state
+
         with naming(f"{weights} does not fit {name}"):
             keys = timm.models.load_checkpoint(
-                net, weights, strict=False, filter_fn=converter, weights_only=True)
+                net, weights, strict=False, filter_fn=convert, weights_only=True)
             if keys.missing_keys:
                 raise UserError(f"it has no {keys.missing_keys[0]}")
     return net

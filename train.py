@@ -183,7 +183,7 @@ def check_agreement(cfg, saved, identity, dtype, world):
         refuse_changes(f"{cfg.run_path} holds a run of other images (by their decoded pixels), "
                        "another teacher or objective; see --run_dir and --no_resume",
                        saved["identity"], identity)
-    own = identity | cfg.fixed_settings()
+    own = cfg.fixed_settings() | identity  # of the teacher the digest, not the name
     own |= dict(dtype=str(dtype), epochs=cfg.epochs, log_every=cfg.log_every)
     refuse_changes("all processes need the same command, images and hardware; of the first",
                    from_rank_0(own, world), own)
