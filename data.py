@@ -287,11 +287,12 @@ def is_image(name):
     return kind in FORMATS and "@eaDir" not in name  # thumbnails of a Synology disk
 
 
-def list_files(folder, skipped=(), above=()):
+def list_files(folder, skipped=(), above=(), links=0):
     """Yield the relative names of all files below a folder, in order. Links are followed, but not
-    in a circle; what begins with a dot is left out, and so are the folders of `skipped`."""
+    in a circle, and not further than the third within another; what begins with a dot is left out,
+    and so are the folders of `skipped`."""
     real = os.path.realpath(folder)
-    if real in above or real in skipped:
+    if real in above or real in skipped or links > 3:
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
@@ -299,7 +300,8 @@ def list_files(folder, skipped=(), above=()):
         if os.path.isfile(entry.path):
             yield entry.name
         elif os.path.isdir(entry.path):
-            for name in list_files(entry.path, skipped, (*above, real)):
+            links_in = links + entry.is_symlink()
+            for name in list_files(entry.path, skipped, (*above, real), links_in):
                 yield f"{entry.name}/{name}"
 
 

@@ -375,9 +375,10 @@ class Journal:
                  f"settings  {changed}")
         if saved:
             log.info(f"continuing at step {saved['step']}, written at commit {saved['commit']}")
-        if steps < 200:
-            log.warning(f"{steps} steps teach little: raise --epochs or lower --batch_size "
-                        f"({len(store)} images in batches of {cfg.batch_size})")
+        if steps < 1000:
+            log.warning(f"{len(store)} images in batches of {cfg.batch_size} are {steps_per_epoch} "
+                        f"steps an epoch, {steps} in all, which teach little: raise --epochs or "
+                        "lower --batch_size")
 
     def start(self):
         """Training begins: speeds and the time of the next checkpoint count from now."""
