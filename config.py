@@ -85,7 +85,7 @@ class Config:
     # optimisation
     epochs: int = free(50, "passes over the data", 1)
     batch_size: int = fixed(256, "images per step, over all processes together", 1)
-    lr: float = fixed(1e-3, "peak learning rate: 1e-3 for ViT-S, 2e-3 for a ViT of 2 to 4 M", 0)
+    lr: float = fixed(1e-3, "peak learning rate: ViT-S 1e-3, small ViTs 2e-3, conv nets 1e-2", 0)
     warmup_epochs: float = fixed(2.0, "epochs of linear warm-up, at most a fifth of the run", 0)
     weight_decay: float = fixed(0.05, "weight decay, of matrices; not of biases, norms, tokens", 0)
     grad_clip: float = fixed(1.0, "largest gradient norm; 0 = no clipping", 0)
