@@ -18,7 +18,7 @@ from demo.shapes import shapes
 
 # Threads that wait for others sleep soon. Where another program uses the cores, spinning ones take
 # ten times as long (results/speed/busy.txt). Read when torch is imported, so that comes later.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 log = logging.getLogger("distill")
 # A data set on the Hub, or a function that returns one (`data.open_source`).
