@@ -355,7 +355,10 @@ def open_folder(cfg):
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
         return open_saved(folder), images
     tables = [name for name in names if name.endswith(".parquet")]
-    used = max(images, tables, key=lambda some: sum(os.stat(f"{folder}/{n}").st_size for n in some))
+    used = images or tables
+    if images and tables:  # else no file is asked for its size here: `Files` does that once
+        used = max(images, tables,
+                   key=lambda some: sum(os.stat(f"{folder}/{name}").st_size for name in some))
     readme = Path(folder, "README.md").read_text(errors="replace") if "README.md" in names else ""
     if "config_name:" in readme or not used:
         return datasets.load_dataset(folder, cfg.dataset_config or None), []
