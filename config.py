@@ -2,13 +2,14 @@
 
 import argparse
 import difflib
+import inspect
+import json
 import logging
 import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass, field, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -39,66 +40,54 @@ class UserError(Exception):
     """A mistake that the user can fix: its text states what is wrong, where, and what to do."""
 
 
-def fixed(default, help, low=None, high=1e9, choices=(), may_change=False):
-    """A field of Config and its flag. A continued run has it as before, unless it may change."""
-    rules = dict(help=help, low=low, high=high, choices=choices, may_change=may_change)
-    return field(default=default, metadata=rules)
-
-
-free = partial(fixed, may_change=True)
-
-
 @dataclass(frozen=True)
 class Config:
     """Distil a frozen teacher into a small student, from unlabelled images."""
-    preset: str = fixed("", "defaults to start from", choices=("", *PRESETS))
     # data
-    dataset: str = free("cifar10", "cifar10, cifar100, shapes, a folder, owner/name[@revision]")
-    dataset_config: str = free("", "configuration of dataset, if it has several")
-    image_column: str = free("", "image column of dataset; empty = the only one")
-    train_split: str = fixed("train", "split that the student learns from")
-    max_samples: int = fixed(0, "learn from a fixed random subset; 0 = all images", 0)
-    crop_scale: float = fixed(0.4, "smallest area of a view; 0.7 for short runs", 0.01, 1)
-    cache_dir: str = free("cache", "for decoded images and cached targets; a fast disk")
+    dataset: str = "cifar10"  # cifar10, cifar100, shapes, a folder, owner/name[@revision]
+    dataset_config: str = ""  # configuration of dataset, if it has several
+    image_column: str = ""  # image column of dataset; empty = the only one
+    train_split: str = "train"  # split that the student learns from
+    max_samples: int = 0  # learn from a fixed random subset; 0 = all images
+    crop_scale: float = 0.4  # smallest area of a view; 0.7 for short runs
+    cache_dir: str = "cache"  # for decoded images and cached targets; a fast disk
     # evaluation; training never uses labels
-    eval_dataset: str = free("", "data to evaluate on; empty = the training data")
-    test_split: str = free("", "split that is tested; empty = test, else validation")
-    label_column: str = free("", "empty = label, fine_label, cls or the first class column")
-    eval_every: int = free(0, "epochs between quick k-NN checks; 0 = none", 0)
-    eval_at_end: bool = free(False, "run eval.py on the last checkpoint")
+    eval_dataset: str = ""  # data to evaluate on; empty = the training data
+    test_split: str = ""  # split that is tested; empty = test, else validation
+    label_column: str = ""  # empty = label, fine_label, cls or the first class column
+    eval_every: int = 0  # epochs between quick k-NN checks; 0 = none
+    eval_at_end: bool = False  # run eval.py on the last checkpoint
     # teacher
-    teacher: str = fixed("dinov2_vitb14", "dinov2_vit{s,b,l,g}14[_reg], demo, or any timm model")
-    teacher_weights: str = free("", "a file of the teacher's weights; empty = from the Hub")
-    teacher_size: int = fixed(224, "pixels it sees; where it is best on your images", 8, 4096)
-    teacher_views: int = fixed(4, "cached views of each image; 0 = new ones each epoch", 0, 1000)
+    teacher: str = "dinov2_vitb14"  # dinov2_vit{s,b,l,g}14[_reg], demo, or any timm model
+    teacher_weights: str = ""  # a file of the teacher's weights; empty = from the Hub
+    teacher_size: int = 224  # pixels it sees; where it is best on your images
+    teacher_views: int = 4  # cached views of each image; 0 = new ones each epoch
     # student
-    student: str = fixed("vit_small_patch16_224", "any timm model")
-    student_args: str = fixed("", "timm's arguments for it: 'depth=6 embed_dim=192 num_heads=3'")
-    student_weights: str = free("", "a student.safetensors or timm's to start from; empty = random")
-    student_size: int = fixed(96, "pixels the student sees; a multiple of its patch", 8, 4096)
-    pool: str = fixed("cls", "the model's own pooling; or a ViT's mean", choices=("cls", "mean"))
+    student: str = "vit_small_patch16_224"  # any timm model
+    student_args: str = ""  # timm's arguments for it: 'depth=6 embed_dim=192 num_heads=3'
+    student_weights: str = ""  # a student.safetensors or timm's to start from; empty = random
+    student_size: int = 96  # pixels the student sees; a multiple of its patch
+    pool: str = "cls"  # the model's own pooling; or a ViT's mean
     # loss
-    head: str = fixed("auto", "pca: fixed map to principal axes; linear: trained; auto: pca for "
-                      "transformers, else linear", choices=("auto", "pca", "linear"))
-    cls_weight: float = fixed(1.0, "weight of the [CLS] loss", 0)
-    patch_weight: float = fixed(0.5, "weight of the patch loss", 0)
+    head: str = "auto"  # pca: principal axes; linear: a trained map; auto: pca for transformers
+    cls_weight: float = 1.0  # weight of the [CLS] loss
+    patch_weight: float = 0.5  # weight of the patch loss
     # optimisation
-    epochs: int = free(50, "passes over the data", 1)
-    batch_size: int = fixed(256, "images per step, over all processes together", 1)
-    lr: float = fixed(1e-3, "peak learning rate: ViT-S 1e-3, small ViTs 2e-3, conv nets 1e-2", 0)
-    warmup_epochs: float = fixed(2.0, "epochs of linear warm-up, at most a fifth of the run", 0)
-    weight_decay: float = fixed(0.05, "weight decay, of matrices; not of biases, norms, tokens", 0)
-    grad_clip: float = fixed(1.0, "largest gradient norm; 0 = no clipping", 0)
-    seed: int = fixed(0, "random seed of order, views and initialisation", 0, 2**31 - 1)
+    epochs: int = 50  # passes over the data
+    batch_size: int = 256  # images per step, over all processes together
+    lr: float = 1e-3  # peak learning rate: ViT-S 1e-3, small ViTs 2e-3, conv nets 1e-2
+    warmup_epochs: float = 2.0  # epochs of linear warm-up, at most a fifth of the run
+    weight_decay: float = 0.05  # weight decay, of matrices; not of biases, norms, tokens
+    grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
+    seed: int = 0  # random seed of order, views and initialisation
     # run
-    run_dir: str = free("", "run folder; empty = runs/DATASET-TEACHER-STUDENT")
-    resume: bool = free(True, "continue the run in run_dir; --no_resume moves it aside first")
-    device: str = free("auto", "where to run", choices=("auto", "cuda", "cpu"))
-    precision: str = free("auto", "auto = bf16 where the hardware has it, else fp16 on CUDA, else "
-                          "fp32", choices=("auto", "bf16", "fp16", "fp32"))
-    compile: str = free("auto", "torch.compile; auto = on CUDA", choices=("auto", "on", "off"))
-    log_every: int = free(50, "steps between log lines", 1)
-    save_every: int = free(10, "keep a checkpoint every N epochs, and always the first and last", 0)
+    run_dir: str = ""  # run folder; empty = runs/DATASET-TEACHER-STUDENT
+    resume: bool = True  # continue the run in run_dir; --no_resume moves it aside first
+    device: str = "auto"  # where to run
+    precision: str = "auto"  # bf16 where the hardware has it, else fp16 on CUDA, else fp32
+    compile: str = "auto"  # torch.compile; auto = on CUDA
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    save_every: int = 10  # keep a checkpoint every N epochs, and always the first and last
 
     @property
     def run_path(self):
@@ -106,35 +95,41 @@ class Config:
 
     def fixed_settings(self):
         """The settings that may not change when a run is continued."""
-        return {option.name: getattr(self, option.name) for option in fields(self)
-                if not option.metadata["may_change"]}
+        return {name: value for name, value in vars(self).items() if name not in MAY_CHANGE}
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluate checkpoints. What is left empty is as in the first checkpoint."""
-    checkpoints: list = free((), "checkpoint files or run folders; a row of the table each")
-    dataset: str = free("", "evaluate on other images, with or without labels, in train.py's forms")
-    dataset_config: str = free("", "configuration of dataset, if it has several")
-    image_column: str = free("", "image column of dataset")
-    label_column: str = free("", "label column of dataset")
-    train_split: str = free("", "split that k-NN and probe learn from")
-    test_split: str = free("", "split that is tested; if there is none, a tenth of train_split")
-    teacher_weights: str = free("", "a file of the teacher's weights, if it has moved")
-    cache_dir: str = free("", "for decoded images")
-    max_train: int = free(0, "use a fixed random subset of the training images; 0 = all", 0)
-    max_test: int = free(0, "use a fixed random subset of the test images; 0 = all", 0)
-    baselines: bool = free(True, "also evaluate the teacher and an untrained student")
-    save_features: str = free("", "also write the student's embeddings, labels, names into FOLDER")
-    device: str = free("", "where to run", choices=("", "auto", "cuda", "cpu"))
-    precision: str = free("", "of the networks", choices=("", "auto", "bf16", "fp16", "fp32"))
+    checkpoints: list = ()  # checkpoint files or run folders; a row of the table each
+    # data
+    dataset: str = ""  # evaluate on other images, with or without labels, in train.py's forms
+    dataset_config: str = ""  # configuration of dataset, if it has several
+    image_column: str = ""  # image column of dataset
+    label_column: str = ""  # label column of dataset
+    train_split: str = ""  # split that k-NN and probe learn from
+    test_split: str = ""  # split that is tested; if there is none, a tenth of train_split
+    cache_dir: str = ""  # for decoded images
+    max_train: int = 0  # use a fixed random subset of the training images; 0 = all
+    max_test: int = 0  # use a fixed random subset of the test images; 0 = all
+    # networks
+    teacher_weights: str = ""  # a file of the teacher's weights, if it has moved
+    baselines: bool = True  # also evaluate the teacher and an untrained student
+    save_features: str = ""  # also write the student's embeddings, labels, names into FOLDER
+    device: str = ""  # where to run
+    precision: str = ""  # of the networks
 
 
-SECTIONS = {  # the setting that a section of --help begins with -> its title
-    "dataset": "data", "eval_dataset": "evaluation; training never uses labels",
-    "teacher": "teacher", "student": "student", "head": "loss", "epochs": "optimisation",
-    "run_dir": "run", "max_train": "what is evaluated, and where",
-}
+MAY_CHANGE = {  # when a run is continued
+    *"dataset dataset_config image_column cache_dir eval_dataset test_split label_column".split(),
+    *"eval_every eval_at_end teacher_weights student_weights epochs run_dir resume".split(),
+    *"device precision compile log_every save_every".split()}
+CHOICES = dict(pool=["cls", "mean"], head=["auto", "pca", "linear"], device=["auto", "cuda", "cpu"],
+               precision=["auto", "bf16", "fp16", "fp32"], compile=["auto", "on", "off"])
+LOWEST = dict(epochs=1, batch_size=1, log_every=1, crop_scale=0.01, teacher_size=8,
+              student_size=8)  # others: 0
+HIGHEST = dict(crop_scale=1, teacher_size=4096, student_size=4096, teacher_views=1000,
+               seed=2**31 - 1)  # others: 1e9
 
 
 def slug(name):
@@ -164,12 +159,12 @@ def validate(cfg, found=(), data=()):
     """Return cfg. Raises UserError: problems in `found`, unknown `data` sets, bad values."""
     found = [*found, *filter(None, map(wrong_dataset, dict.fromkeys(data)))]
     for name, value in vars(cfg).items():
-        rule = cfg.__dataclass_fields__[name].metadata
-        low, high, choices = rule["low"], rule["high"], rule["choices"]
-        if choices and value not in choices:
-            found.append(f"--{name} {value}: not one of {', '.join(filter(None, choices))}")
-        elif low is not None and not low <= value <= high:
-            found.append(f"--{name} {value}: must be from {low} to {high:g}")
+        low, high, choices = LOWEST.get(name, 0), HIGHEST.get(name, 1e9), CHOICES.get(name)
+        if choices and value not in [*choices, getattr(type(cfg), name)]:
+            found.append(f"--{name} {value}: not one of {', '.join(choices)}")
+        elif cfg.__annotations__[name] in (int, float):
+            if not (isinstance(value, int | float) and low <= value <= high):
+                found.append(f"--{name} {value}: must be from {low} to {high:g}")
     if isinstance(cfg, Config) and cfg.cls_weight == cfg.patch_weight == 0:
         found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
     if found:
@@ -178,26 +173,30 @@ def validate(cfg, found=(), data=()):
 
 
 def make_parser(cls):
-    """The command line of Config or EvalConfig. Flags that are not given have no value."""
+    """The command line of Config or EvalConfig. What the source says beside a field is its help.
+    Flags that are not given have no value."""
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
                                      exit_on_error=False, argument_default=argparse.SUPPRESS)
+    if cls is Config:
+        parser.add_argument("--preset", metavar=f"{'|'.join(PRESETS)}|FILE.json",
+                            help="settings to start from; a run's config.json repeats it")
     group = parser
-    for option in fields(cls):
-        if option.name in SECTIONS:
-            group = parser.add_argument_group(SECTIONS[option.name])
-        name = option.name
-        text = option.metadata["help"]
-        if option.type is list:
+    for name, text in re.findall(r"^    (?:(\w+): .*  )?# (.*)$", inspect.getsource(cls), re.M):
+        kind = cls.__annotations__.get(name)
+        default = getattr(cls, name, "")
+        if not name:
+            group = parser.add_argument_group(text)
+        elif kind is list:
             parser.add_argument(name, nargs="+", help=text)
-        elif option.type is bool:
+        elif kind is bool:
             group.add_argument(f"--{name}", action="store_true", help=text)
             group.add_argument(f"--no_{name}", dest=name, action="store_false")
         else:
-            text += f" (default: {option.default!r})" if option.default != "" else ""
-            kind = "|".join(filter(None, option.metadata["choices"])) or option.type.__name__
+            text += f" (default: {default})" if default != "" else ""
+            form = "|".join(CHOICES.get(name, [kind.__name__]))
             # A shell leaves the tilde of --dataset=~/images alone.
-            read = os.path.expanduser if option.type is str else option.type
-            group.add_argument(f"--{name}", type=read, metavar=kind, help=text)
+            read = os.path.expanduser if kind is str else kind
+            group.add_argument(f"--{name}", type=read, metavar=form, help=text)
     return parser
 
 
@@ -205,12 +204,26 @@ def parse(cls, argv):
     """Command line -> a validated Config or EvalConfig: the preset first, then the flags."""
     known, unknown = make_parser(cls).parse_known_args(argv)
     given = vars(known)
+    settings = read_preset(given.pop("preset", "")) | given
     found = []
     for word in [word for word in unknown if word.startswith("-")] or unknown:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
-        found.append(f"unknown {word}{suggestion(name, cls.__dataclass_fields__, '--')}")
-    preset = PRESETS.get(given.get("preset"), {})
-    return validate(cls(**preset | given), found)
+        found.append(f"unknown {word}{suggestion(name, cls.__annotations__, '--')}")
+    return validate(cls(**settings), found)
+
+
+def read_preset(name):
+    """The settings of a preset, or of a file that a run has written. Raises UserError."""
+    if not name.endswith(".json"):
+        if name and name not in PRESETS:
+            raise UserError(f"--preset {name}: not one of {', '.join(PRESETS)}, nor a FILE.json")
+        return PRESETS.get(name, {})
+    try:
+        settings = json.loads(Path(name).read_text())
+        Config(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--preset {name} is no config.json of this version: {error}") from error
+    return settings
 
 
 def cli(main, cls):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from config import DATASETS, UserError, from_hub, log, printable, reason, slug, write_atomically
 
-progress = partial(tqdm, leave=False, delay=2)  # a bar, after two seconds
+progress = partial(tqdm, leave=False, delay=2, disable=None)  # a bar on terminals, after 2 s
 CHUNK = 64  # images that are decoded or embedded at once
 THREADS = min(32, os.cpu_count() or 8)  # that decode and read
 SUBSET, ORDER, VIEW, STEP, HELD_OUT = range(1, 6)  # keep uses of random numbers apart
@@ -353,7 +353,7 @@ def open_folder(cfg):
     names = list(list_files(folder, skipped))
     images = [name for name in names if is_image(name)]
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
-        return open_saved(folder), images
+        return open_saved(folder, names), images
     tables = [name for name in names if name.endswith(".parquet")]
     used = images or tables
     if images and tables:  # else no file is asked for its size here: `Files` does that once
@@ -374,23 +374,16 @@ def open_folder(cfg):
     return splits, {*names} - {*used}
 
 
-def open_saved(folder):
-    """What `save_to_disk` wrote -> split -> `datasets.Dataset`. Raises UserError where its lists
-    name what is no file in it."""
-    def own(*names):
-        path = Path(os.path.abspath(os.path.join(folder, *names)))
-        if not (path.is_relative_to(folder) and path.is_file()):
-            raise UserError(f"{folder}: no file {printable(os.path.join(*names))} in it")
-        return path
-
-    has_splits = os.path.exists(f"{folder}/dataset_dict.json")
-    parts = json.loads(own("dataset_dict.json").read_text())["splits"] if has_splits else [""]
-    for part in parts:
-        own(part, "dataset_info.json")
-        for file in json.loads(own(part, "state.json").read_text())["_data_files"]:
-            own(part, file["filename"])
-    splits = datasets.load_from_disk(folder)
-    return splits if has_splits else dict(train=splits)
+def open_saved(folder, names):
+    """What `save_to_disk` wrote -> split -> `datasets.Dataset`. Reads the files in the folder, and
+    not those that its lists name, which may be anywhere."""
+    splits = {}
+    for name in names:
+        split, file = os.path.split(name)
+        if re.fullmatch(r"data.*\.arrow", file):  # not what `map` has cached beside them
+            part = datasets.Dataset.from_file(f"{folder}/{name}")
+            splits.setdefault(split or "train", []).append(part)
+    return {split: datasets.concatenate_datasets(parts) for split, parts in splits.items()}
 
 
 def open_splits(cfg):
@@ -542,7 +535,8 @@ class Store:
         info = json.loads((path / "info.json").read_text())
         self.source, self.split, self.size = source, source.split, info["size"]
         self.fingerprint = info["fingerprint"]
-        self.summary = f"{source.notes}; {info['note']}"
+        self.note = info["note"]  # how many images are used, and what cannot be read
+        self.summary = f"{source.notes}; {self.note}"
         self.rows = np.fromfile(path / "rows.i64", np.int64)  # of the images in their source
         self.images = Rows(path / "images.u8", torch.uint8, (len(self), 3, self.size, self.size))
 

@@ -159,19 +159,19 @@ class Evaluator:
                     images=[self.train.fingerprint, self.test.fingerprint],
                     precision=self.cfg.precision)
 
-    def embed(self, backbone, store, rows):
+    def embed(self, backbone, store, rows, name):
         """Yield whole stored images uint8 [B, 3, S, S] on the device, and their Features."""
-        parts = data.progress(data.chunks(rows), "embedding images")
+        parts = data.progress(data.chunks(rows), f"features of {name}")
         for _, images in data.read(parts, self.device, store.images):
             with torch.inference_mode(), self.autocast:
                 features = backbone(data.render(images, backbone.image_size))
             yield images, features
 
-    def features(self, backbone):
+    def features(self, backbone, name="the student"):
         """CLS embeddings of the training and test images: float32 [I, D], [Q, D] on the CPU."""
         backbone.eval().to(self.device)
         return [torch.cat([features.cls.float().cpu().clone()  # a view would keep all tokens
-                           for _, features in self.embed(backbone, store, rows)])
+                           for _, features in self.embed(backbone, store, rows, name)])
                 for store, rows in ((self.train, self.train_rows), (self.test, self.test_rows))]
 
     def evaluate(self, train, test, probe=True):
@@ -194,7 +194,7 @@ class Evaluator:
         distiller.load_state_dict(saved["objective"])
         found = []
         rows = data.subset(self.test_rows, COMPARED)
-        for images, features in self.embed(teacher, self.test, rows):
+        for images, features in self.embed(teacher, self.test, rows, "the teacher"):
             with self.autocast:
                 target = distiller.targets(features)
                 found.append(distiller(data.render(images, student.image_size), target)[1])
@@ -215,7 +215,7 @@ class Evaluator:
         """A row of the table. With a folder also its train.safetensors and test.safetensors:
         embeddings float32 [I, D], labels int64 [I], -1 for none; the metadata has the names of
         classes and images, as JSON."""
-        train, test = self.features(backbone)
+        train, test = self.features(backbone, name)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             for split, embeddings, y, store, rows in (
@@ -279,9 +279,10 @@ def main(args, cfg=None):
     settings = [with_settings(args, cfg or own) for _, own in loaded]
     largest = max(max(own.teacher_size, own.student_size) for own in settings)
     evaluator = Evaluator(replace(settings[0], teacher_size=largest), args.max_train, args.max_test)
-    print(f"{evaluator.cfg.dataset}: {len(evaluator.y)} training, {len(evaluator.y_test)} test "
-          f"images\ntraining split: {evaluator.train.summary}\n"
-          f"test split: {evaluator.test.summary}", flush=True)
+    train, test = evaluator.train, evaluator.test
+    print(f"evaluate  {evaluator.cfg.dataset}: {len(evaluator.y)} training images of "
+          f"{train.split}, {len(evaluator.y_test)} test images of {test.split}\n"
+          f"          {train.summary}\n          of {test.split} {test.note}", flush=True)
     rows = {}  # each teacher and untrained student once
     for (saved, _), own in zip(loaded, settings, strict=True):
         student = models.build_student(own, saved["student"])
@@ -295,7 +296,8 @@ def main(args, cfg=None):
                 fresh = models.build_student(replace(own, student_weights=""))
                 rows[untrained] = evaluator.row("student, untrained", fresh)
         path = saved["path"]
-        name = f"{printable(path.resolve().parent.name)}, epoch {saved['epoch']:g}"
+        run = printable(path.resolve().parent.name) if len(loaded) > 1 else "student"
+        name = f"{run}, epoch {saved['epoch']:g}"
         row = evaluator.row(name, student, args.save_features)
         if args.baselines:
             row |= {f"keeps_{key}": row[key] / rows[best][key] for key in ("knn20", "linear")
@@ -327,11 +329,13 @@ def write(args, checkpoint, rows):
     if checkpoint.name != "checkpoint_latest.pth" or asked != EvalConfig(args.checkpoints[:1]):
         digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:6]
         name = f"eval-{slug(rows[0]['dataset'])}-{digest}.json"
-    checkpoint.with_name(name).write_text(json.dumps(rows, indent=1) + "\n")
+    path = checkpoint.with_name(name)
+    path.write_text(json.dumps(rows, indent=1) + "\n")
     table = [{title: form.format(row[key]) for key, title, form in COLUMNS if key in row}
              for row in rows]
     table = pandas.DataFrame(table, columns=[title for _, title, _ in COLUMNS])
-    print(table.dropna(axis=1, how="all").fillna("").to_string(index=False))
+    print(f"{table.dropna(axis=1, how='all').fillna('').to_string(index=False)}\n"
+          f"all figures: {path}")
 
 
 if __name__ == "__main__":

@@ -461,7 +461,7 @@ def environment(device):
     """What results depend on: versions, device, and the git commit, "-dirty" if changed since."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     # By a shell, which without git writes to stderr and no exception is raised.
-    git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True,
+    git = subprocess.run("git describe --always --dirty --abbrev=12 --exclude='*'", shell=True,
                          cwd=Path(__file__).parent, capture_output=True, text=True)
     return dict(torch=torch.__version__, timm=timm.__version__, device=name,
                 commit=git.stdout.strip() or "unknown")

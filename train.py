@@ -22,6 +22,7 @@ import os
 import random
 import signal
 import sys
+import textwrap
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
@@ -34,6 +35,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save
 from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import data
 import eval as evaluation
@@ -44,6 +47,7 @@ SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 BACKENDS = dict(cpu="gloo", cuda="cpu:gloo,cuda:nccl")  # of several processes; see `must_stop`
+OWN_COLUMNS = "epoch step similarity norm lr memory_gb images_per_s seconds test_similarity".split()
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
 
@@ -109,9 +113,9 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
             use_gpu_memory(device, store.images, *targets)
 
         # ------------------------------------------------------------ training
-        evaluator = evaluation.Evaluator(cfg, *QUICK_EVAL) if cfg.eval_every and not rank else None
         received = stack.enter_context(stop_signals())  # before this, Ctrl-C ends it at once
-        journal.start()
+        stack.enter_context(logging_redirect_tqdm([log]))  # lines stand above the bar
+        stack.enter_context(journal.start(step, steps_per_epoch))
         for epoch in range(step // steps_per_epoch, cfg.epochs):
             view = epoch % len(targets) if targets else epoch
             arrays = [store.images, targets[view]] if targets else [store.images]
@@ -145,7 +149,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                 if stopping or step % cfg.log_every == 0 or step % steps_per_epoch == 0:
                     line = journal.average(step, steps_per_epoch, rate, scaler)  # the host waits
                     if rank == 0:
-                        journal.write(line, evaluator, distiller.evaluated)
+                        journal.write(line, distiller.evaluated)
                         journal.save(line, stopping, identity, distiller, parts)
                 if stopping:
                     leave(cfg, step, received, world)
@@ -272,7 +276,7 @@ def cache_targets(cfg, distiller, embed, key, store, device, rank, world):
     folder = cache_folder(cfg, distiller, [*key, shape])
     files = [folder / f"view_{view}.i8" for view in range(count)]
     need = math.prod(shape) * sum(not file.exists() for file in files)
-    log.info(f"targets   {folder}: {need / 1e9:.2f} GB to be filled")
+    log.info(f"targets   {need / 1e9:.2f} GB to be filled in {folder}")
     data.check_space(cfg.cache_dir, need, "--teacher_views")
     for view, target in expected.items():  # before others are filled beside them
         if files[view].exists():
@@ -360,32 +364,43 @@ class Journal:
             cfg.run_path.mkdir(parents=True, exist_ok=True)
             (cfg.run_path / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
             log.addHandler(logging.FileHandler(cfg.run_path / "train.log", errors="replace"))
+        self.evaluator = None
+        if cfg.eval_every and rank == 0:
+            self.evaluator = evaluation.Evaluator(cfg, *QUICK_EVAL)
 
     def header(self, store, teacher, student, dtype, steps_per_epoch, saved):
         """State what the run is."""
         cfg, steps = self.cfg, self.cfg.epochs * steps_per_epoch
-        changed = {name: value for name, value in vars(cfg).items()
-                   if value != getattr(Config, name)}
+        changed = [f"{name} {value}" for name, value in vars(cfg).items()
+                   if value != getattr(Config, name)]
+        settings = f"settings  {', '.join(changed) or 'all as by default'}"
+        machine = ", ".join(f"{name} {value}" for name, value
+                            in models.environment(self.device).items())
         log.info(f"data      {cfg.dataset}: {len(store)} images of {store.size} px\n"
                  f"          {store.summary}\n"
                  f"teacher   {cfg.teacher}: {teacher}\n"
                  f"student   {cfg.student}: {student}\n"
-                 f"training  {cfg.epochs} epochs of {steps_per_epoch} steps, {dtype}, "
-                 f"{self.world} processes, {models.environment(self.device)}\n"
-                 f"settings  {changed}")
+                 f"training  {cfg.epochs} epochs of {steps_per_epoch} steps, {dtype}\n"
+                 f"machine   {machine}, processes {self.world}\n"
+                 f"{textwrap.fill(settings, 100, subsequent_indent=' ' * 10)}\n"
+                 f"run       {cfg.run_path}")
         if saved:
-            log.info(f"continuing at step {saved['step']}, written at commit {saved['commit']}")
+            log.info(f"continues at step {saved['step']}, written at commit {saved['commit']}")
         if steps < 1000:
-            log.warning(f"{len(store)} images in batches of {cfg.batch_size} are {steps_per_epoch} "
-                        f"steps an epoch, {steps} in all, which teach little: raise --epochs or "
-                        "lower --batch_size")
+            log.warning(f"          {len(store)} images in batches of {cfg.batch_size} are "
+                        f"{steps_per_epoch} steps an epoch, {steps} in all,\n          which "
+                        "teach little: raise --epochs or lower --batch_size")
 
-    def start(self):
-        """Training begins: speeds and the time of the next checkpoint count from now."""
+    def start(self, step, steps_per_epoch):
+        """Training begins: speeds, the time left and that of the next checkpoint count from now."""
         self.logged_at = self.saved_at = monotonic()
+        total = self.cfg.epochs * steps_per_epoch
+        self.bar = data.progress(total=total, initial=step, desc=f"{self.cfg.epochs} epochs")
+        return self.bar
 
     def add(self, **values):
         """Statistics of a step. Copies: the next replay of a CUDA graph overwrites them."""
+        self.bar.update()
         for name, value in values.items():
             self.recent[name].append(value.detach().clone())
 
@@ -419,15 +434,21 @@ class Journal:
         self.history.append(line)
         return line
 
-    def write(self, line, evaluator, student):
-        """Write a line; at the end of some epochs with the accuracy of the student."""
-        if evaluator and line["epoch"] % self.cfg.eval_every == 0:
-            quick = evaluator.evaluate(*evaluator.features(student), probe=False)
+    def write(self, line, student):
+        """Write a line of metrics.jsonl; at the end of an epoch also one for people, after some
+        epochs with the accuracy of the student."""
+        if self.evaluator and line["epoch"] % self.cfg.eval_every == 0:
+            features = self.evaluator.features(student)
+            quick = self.evaluator.evaluate(*features, probe=False)
             line |= {f"test_{name}": value for name, value in quick.items()}
             student.train()
             self.logged_at = monotonic()
-        log.info(" ".join(f"{name} {value:.4g}" for name, value in line.items()
-                          if value is not None))
+        if line["epoch"].is_integer():
+            terms = [f"{name} {value:.4f}" for name, value in line.items()
+                     if name not in OWN_COLUMNS and value is not None]
+            clock = tqdm.format_interval(line["seconds"])
+            log.info(f"epoch {line['epoch']:4.0f} of {self.cfg.epochs}  {'  '.join(terms)}  "
+                     f"{line['images_per_s']:6.0f} images/s  {clock}")
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_atomically(self.cfg.run_path / "metrics.jsonl", lambda path: path.write_text(lines))
 

@@ -173,7 +173,7 @@ def test_files_of_another_kind_are_refused(run, refused_by_both, name):
 
 @pytest.mark.parametrize("edit, words", [
     (lambda c: c.update(teacher_layers=3), "unexpected keyword argument 'teacher_layers'"),
-    (lambda c: c.update(student_size="big"), "not supported between instances"),
+    (lambda c: c.update(student_size="big"), "--student_size big: must be from 8 to 4096"),
     (lambda c: c.update(pool="max"), "--pool max: not one of cls"),
     (lambda c: c.update(crop_scale=7.0), "--crop_scale 7.0: must be from 0.01 to 1"),
 ])
