@@ -1,4 +1,4 @@
-"""Lines of a runs.jsonl, and their means, for the scripts in the folders beside this file."""
+"""Lines of runs.jsonl files, means over them and tables, for the scripts in these folders."""
 
 import json
 import statistics
@@ -19,3 +19,9 @@ def mean_and_spread(values: list[float], root: float = 1) -> str:
     if len(values) < 2:
         return "".join(f"{value:.1f}" for value in values)
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / root:.1f}"
+
+
+def markdown(*rows: list) -> str:
+    """A table whose first row names its columns."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

@@ -25,7 +25,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from config import PRESETS, Config  # noqa: E402
 from demo import shapes  # noqa: E402
-from results.runs import add, known, mean_and_spread  # noqa: E402
+from results.runs import add, known, markdown, mean_and_spread  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 SEEDS = 3
@@ -85,7 +85,7 @@ def segment(backbone: model.Backbone, evaluator: evaluation.Evaluator) -> dict:
     x, y = {}, {}
     for split, store in dict(train=evaluator.train, test=evaluator.test).items():
         rows = getattr(evaluator, f"{split}_rows")
-        embedded = evaluator.embed(backbone.eval(), store, rows)
+        embedded = evaluator.embed(backbone.eval(), store, rows, f"{split} images")
         x[split] = torch.cat([features.patches for _, features in embedded]).flatten(0, 1)
         y[split] = patch_labels(split, rows, backbone.grid)
     predicted, C = probe(x["train"], y["train"], x["test"])
@@ -112,13 +112,12 @@ def run(row: str, seed: int) -> dict:
 
 def table() -> str:
     """Means over seeds in percent, and their standard deviations where there are several."""
-    lines = [f"| model | seeds | {' | '.join(SCORES.values())} |", "|---" * (2 + len(SCORES)) + "|"]
+    rows = [["model", "seeds", *SCORES.values()]]
     for row in ROWS:
         runs = [line for line in known(RUNS) if line["row"] == row]
-        cells = [row, str(len(runs))]
-        cells += [mean_and_spread([100 * line[key] for line in runs]) for key in SCORES]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        scores = [mean_and_spread([100 * line[key] for line in runs]) for key in SCORES]
+        rows.append([row, len(runs), *scores])
+    return markdown(*rows)
 
 
 def main() -> None:

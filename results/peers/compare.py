@@ -30,7 +30,7 @@ import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
-from results.runs import add, known, mean_and_spread  # noqa: E402
+from results.runs import add, known, markdown, mean_and_spread  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 LEARN, HELD_OUT = 5_120, 5_000  # training images; batches of 128 divide the former
@@ -141,7 +141,7 @@ def best_rate(side: str) -> float:
 
 def table() -> str:
     """Held-out accuracy of every rate; of the chosen ones test means and their standard errors."""
-    lines = ["| side | lr | images | seeds | k-NN | linear | CPU minutes |", "|---" * 7 + "|"]
+    rows = [["side", "lr", "images", "seeds", "k-NN", "linear", "CPU minutes"]]
     groups = dict.fromkeys((side, lr, split) for side, lr, _, split in known_runs())
     for side, lr, split in sorted(groups, key=lambda group: (group[2] == "test", group)):
         runs = [line for (*name, seed, where), line in known_runs().items()
@@ -151,8 +151,8 @@ def table() -> str:
             values = [100 * line[key] for line in runs]
             cells.append(mean_and_spread(values, len(values) ** 0.5))
         cells.append(f"{statistics.mean(line['cpu_minutes'] for line in runs):.1f}")
-        lines.append(f"| {side} | {lr:g} | {split} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([side, f"{lr:g}", split, len(runs), *cells])
+    return markdown(*rows)
 
 
 def main(cifar: str, weights: str, python: str) -> None:

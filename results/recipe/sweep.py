@@ -30,7 +30,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
 from examples.forks import queue_kl  # noqa: E402
-from results.runs import add, known, mean_and_spread  # noqa: E402
+from results.runs import add, known, markdown, mean_and_spread  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 HELD_OUT = 5_000  # of the 50,000 training images
@@ -221,7 +221,7 @@ def table() -> str:
     """Means over seeds ± standard deviations; differences to another row, taken seed by seed,
     ± standard errors."""
     runs = {(run["row"], run["seed"]): run for run in known(RUNS)}
-    lines = ["| row | seeds | k-NN | linear | beside | k-NN | linear |", "|---" * 7 + "|"]
+    rows = [["row", "seeds", "k-NN", "linear", "beside", "k-NN", "linear"]]
     for name in dict.fromkeys(row for row, _ in runs):
         seeds = [seed for row, seed in runs if row == name]
         base = "base, on a CPU" if runs[name, seeds[0]].get("device") == "cpu" else "base"
@@ -233,8 +233,8 @@ def table() -> str:
             differences.append(mean_and_spread(
                 [100 * (runs[name, seed][key] - runs[other, seed][key]) for seed in both],
                 len(both) ** 0.5))
-        lines.append(f"| {' | '.join([name, str(len(seeds)), *means, other, *differences])} |")
-    return "\n".join(lines)
+        rows.append([name, len(seeds), *means, other, *differences])
+    return markdown(*rows)
 
 
 def main(images: str, weights: str, *rows: str) -> None:

@@ -46,6 +46,7 @@ import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from config import Config, UserError  # noqa: E402
+from results.runs import known  # noqa: E402
 
 REPEATS = 5
 KEEP = dict(MALLOC_TRIM_THRESHOLD_="4000000000", MALLOC_MMAP_THRESHOLD_="4000000000")
@@ -81,16 +82,11 @@ def settings(folder: Path, **changes) -> Config:
     return Config(**given)
 
 
-def logged(cfg: Config) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
-
-
 def run(cfg: Config) -> list[dict]:
     """`train.main` without its log on the terminal -> the lines of metrics.jsonl."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.main(cfg)
-    return logged(cfg)
+    return known(cfg.run_path / "metrics.jsonl")
 
 
 def run_apart(cfg: Config, **variables: str) -> list[dict]:
@@ -99,7 +95,7 @@ def run_apart(cfg: Config, **variables: str) -> list[dict]:
              if not isinstance(v, bool) and v != ""] + ["--no_resume"]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True,
                    capture_output=True, env=os.environ | variables)
-    return logged(cfg)
+    return known(cfg.run_path / "metrics.jsonl")
 
 
 def speeds(lines: list[dict], epoch: int) -> list[float]:
@@ -187,7 +183,7 @@ def filling(cfg: Config, folder: Path) -> float:
 
     with mock.patch.object(data, "make_once", timed):
         run(dataclasses.replace(cfg, teacher_views=2, epochs=2))
-    return cfg.max_samples / seconds["view_1.i8"]
+    return cfg.max_samples / seconds["view_1_0.i8"]
 
 
 def cache(folder: Path) -> None:
@@ -256,7 +252,7 @@ def train_on_many(count: int, settings: str) -> None:
     with open(file, "wb") as sparse:
         sparse.truncate(count * 3 * 96 * 96)
     store.rows = np.arange(count)
-    store.images = data.Rows(file, torch.uint8, (count, 3, 96, 96))
+    store.images = data.Rows([file], torch.uint8, (count, 3, 96, 96))
     data.open_store = lambda *arguments: store
     train.main(cfg, objective=Stops)
 

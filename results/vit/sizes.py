@@ -3,18 +3,20 @@
     python results/vit/sizes.py IMAGES SPLIT TEACHER WEIGHTS sizes.jsonl 70 84 98
 
 SPLIT is train, of which a tenth is held out to test on, or a split that the teacher has not seen.
-The last line that it prints is the size of the best k-NN accuracy.
+Adds a line to sizes.jsonl for each size. The last line that it prints is the size of the best k-NN
+accuracy.
 """
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import eval as evaluation
-import model
-from config import Config
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+
+import eval as evaluation  # noqa: E402
+import model  # noqa: E402
+from config import Config  # noqa: E402
+from results.runs import add  # noqa: E402
 
 if __name__ == "__main__":
     images, split, teacher, weights, file, *sizes = sys.argv[1:]
@@ -24,6 +26,5 @@ if __name__ == "__main__":
     for size in map(int, sizes):
         backbone = model.load_teacher(replace(cfg, teacher_size=size))
         rows.append(evaluator.row(f"{teacher} at {size} px", backbone))
-    text = "".join(json.dumps(row | model.environment(evaluator.device)) + "\n" for row in rows)
-    Path(file).write_text(text)
+        add(Path(file), dict(teacher=teacher) | rows[-1] | model.environment(evaluator.device))
     print(max(rows, key=lambda row: row["knn20"])["size"])
