@@ -37,6 +37,7 @@ from config import DATASETS, UserError, from_hub, log, printable, reason, slug, 
 progress = partial(tqdm, leave=False, delay=2, disable=None)  # a bar on terminals, after 2 s
 CHUNK = 64  # images that are decoded or embedded at once
 THREADS = min(32, os.cpu_count() or 8)  # that decode and read
+SHARD = 65_536  # rows of a file of targets
 SUBSET, ORDER, VIEW, STEP, HELD_OUT = range(1, 6)  # keep uses of random numbers apart
 
 # ================================================================ I. every step
@@ -59,9 +60,9 @@ def batches(order, batch_size, rank=0, world=1):
     return np.resize(order, (count, world, batch_size // world))[:, rank]
 
 
-def chunks(rows):
-    """Rows int64 [n] -> a list of parts of CHUNK rows; the last may be shorter."""
-    return np.split(rows, range(CHUNK, len(rows), CHUNK))
+def chunks(rows, size=CHUNK):
+    """Rows int64 [n] -> a list of parts of `size` rows; the last may be shorter."""
+    return np.split(rows, range(size, len(rows), size))
 
 
 def read_ahead(function, arguments, ahead):
@@ -77,34 +78,40 @@ def read_ahead(function, arguments, ahead):
 
 
 class Rows:
-    """An array [I, ...] of bytes in a file, on a GPU that has room for it also in its memory.
-    `rows[index]` is a tensor of some rows, on the CPU while they are in the file. A memory map is
-    ten times slower from a cold disk (results/first_version/cpu.txt)."""
+    """An array [I, ...] of bytes in a file or in shards, on a GPU that has room for it also in its
+    memory. `rows[index]` is a tensor of some rows, on the CPU while they are in files. A memory map
+    is ten times slower from a cold disk (results/speed/first_version.txt)."""
 
-    def __init__(self, path, dtype, shape):
-        self.path, self.dtype, self.shape = path, dtype, shape
+    def __init__(self, paths, dtype, shape):
+        self.paths, self.dtype, self.shape = paths, dtype, shape
+        self.row_bytes = math.prod(shape[1:])
         self.nbytes = math.prod(shape)
-        self.file = open(path, "rb", buffering=0)
         self.resident = None
-        size = path.stat().st_size
-        if size != self.nbytes:
-            raise UserError(f"{path} has {size} bytes, not {self.nbytes}: delete {path.parent}")
+        self.shard = SHARD if len(paths) > 1 else shape[0]
+        self.files = [open(path, "rb", buffering=0) for path in paths]
+        for path, part in zip(paths, chunks(np.arange(shape[0]), self.shard), strict=True):
+            size, expected = path.stat().st_size, len(part) * self.row_bytes
+            if size != expected:
+                raise UserError(f"{path} has {size} bytes, not {expected}: delete {path.parent}")
 
     def __getitem__(self, index):
         if self.resident is not None:
             return self.resident[to_device(torch.from_numpy(index), self.resident.device)]
         shape = len(index), *self.shape[1:]
         out = torch.empty(shape, dtype=self.dtype, pin_memory=torch.cuda.is_initialized())
-        length = self.nbytes // self.shape[0]
         for row, place in zip(index.tolist(), out.flatten(1).numpy(), strict=True):
-            if os.preadv(self.file.fileno(), [place], row * length) != length:
-                raise UserError(f"{self.path} was cut short while it was read")
+            number, row = divmod(row, self.shard)
+            read = os.preadv(self.files[number].fileno(), [place], row * self.row_bytes)
+            if read != self.row_bytes:
+                raise UserError(f"{self.paths[number]} was cut short while it was read")
         return out
 
     def move(self, device):
         """Keep all rows in a device's memory from now on."""
-        content = torch.from_file(str(self.path), size=self.nbytes, dtype=self.dtype)
-        self.resident = content.view(self.shape).to(device)
+        self.resident = torch.empty(self.shape, dtype=self.dtype, device=device)
+        for path, part in zip(self.paths, self.resident.split(self.shard), strict=True):
+            content = torch.from_file(str(path), size=part.numel(), dtype=self.dtype)
+            part.copy_(content.view_as(part))
 
 
 def read(parts, device, *arrays):
@@ -493,31 +500,32 @@ def try_decode(cell, size, folders):
 
 @contextmanager
 def locked(path, wait=True):
-    """Hold the lock `path`; says so if another process has it, or raises UserError unless it may
-    wait. A disk that knows no locks does without."""
-    lock = FileLock(path)
+    """Hold the lock `path` -> whether it is held; if another process has it, wait, and say so, or
+    do without. A disk that knows no locks does without, too."""
+    lock, held = FileLock(path), True
     try:
         lock.acquire(timeout=5 if wait else 0)
     except Timeout:
-        if not wait:
-            raise UserError(f"another process holds {path}") from None
-        log.info(f"waiting for {path}, which another process holds")
-        lock.acquire()
+        held = wait
+        if wait:
+            log.info(f"waiting for {path}, which another process holds")
+            lock.acquire()
     except (NotImplementedError, OSError) as error:
         log.warning(f"{path}: no lock ({reason(error)}): run one process at a time")
     try:
-        yield
+        yield held
     finally:
         lock.release()
 
 
-def make_once(path, make):
-    """Unless `path` exists, make(temporary path) a file or folder; other processes wait for it."""
+def make_once(path, make, wait=True):
+    """Unless `path` exists, make(temporary path) a file or folder; if another process is at it,
+    wait for it, or leave it to that."""
     if path.exists():  # without a lock, as the disk may be read-only
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(f"{path}.lock"):
-        if not path.exists():
+    with locked(f"{path}.lock", wait) as held:
+        if held and not path.exists():
             write_atomically(path, make)
 
 
@@ -538,7 +546,7 @@ class Store:
         self.note = info["note"]  # how many images are used, and what cannot be read
         self.summary = f"{source.notes}; {self.note}"
         self.rows = np.fromfile(path / "rows.i64", np.int64)  # of the images in their source
-        self.images = Rows(path / "images.u8", torch.uint8, (len(self), 3, self.size, self.size))
+        self.images = Rows([path / "images.u8"], torch.uint8, (len(self), 3, self.size, self.size))
 
     def __len__(self):
         return len(self.rows)

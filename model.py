@@ -434,7 +434,7 @@ def pick_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no such device here")
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in evaluation above all
-    # On a CPU, attention written out is 1.4 to 1.7 times as fast (results/first_version/cpu.txt).
+    # On a CPU, attention written out is 1.4 to 1.7 times as fast (results/speed/first_version.txt).
     timm.layers.set_fused_attn(name != "cpu")
     return torch.device(name)
 

@@ -496,8 +496,8 @@ def test_cached_targets_are_the_teachers_up_to_quantisation(tiny, tmp_path, head
     rows, shape = np.arange(80), (80, 1 + 2 * 2, len(distiller.cls_head.scale) + 2)
     stored = data.open_store(cfg, "train", 80).images[rows]
     for view in range(2):
-        (file,) = (tmp_path / "cache").glob(f"targets/*/view_{view}.i8")
-        cached = data.dequantise(data.Rows(file, torch.int8, shape)[rows])
+        (file,) = (tmp_path / "cache").glob(f"targets/*/view_{view}_0.i8")
+        cached = data.dequantise(data.Rows([file], torch.int8, shape)[rows])
         crops = data.view_crops(rows, cfg.seed, view, cfg.crop_scale)
         with torch.inference_mode():
             targets = distiller.targets(teacher(data.render(stored, 32, *crops)))
@@ -534,8 +534,8 @@ def test_the_teacher_embeds_each_view_once_and_is_then_dropped(tiny, tmp_path, m
 def test_the_first_and_the_last_cached_view_are_compared_with_the_teachers(tiny, tmp_path, view):
     cfg = tiny(teacher_views=3, epochs=3, cache_dir=str(tmp_path / "cache"), resume=False)
     train.main(cfg)
-    (file,) = (tmp_path / "cache").glob(f"targets/*/view_{view}.i8")
-    shutil.copy(file.with_name("view_1.i8"), file)  # true targets, but of other crops
+    (file,) = (tmp_path / "cache").glob(f"targets/*/view_{view}_0.i8")
+    shutil.copy(file.with_name("view_1_0.i8"), file)  # true targets, but of other crops
     with pytest.raises(UserError, match="holds targets of other code"):
         train.main(cfg)
 

@@ -108,7 +108,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         if cfg.teacher_views and step < cfg.epochs * steps_per_epoch:
             key = store.fingerprint, teacher.fingerprint, dtype
             embed = partial(teach, teacher)
-            targets = cache_targets(cfg, distiller, embed, key, store, device, rank, world)
+            targets = cache_targets(cfg, distiller, embed, key, store, device)
             teacher = embed = None  # it leaves: its targets are read from now on
             use_gpu_memory(device, store.images, *targets)
 
@@ -233,7 +233,7 @@ def broadcast(module, world):
 
 def compile_networks(cfg, distiller, teacher, device):
     """torch.compile in place, so that names stay plain; eager where nothing can compile. On CUDA
-    the student's step becomes CUDA graphs (results/first_version/h100.txt)."""
+    the student's step becomes CUDA graphs (results/speed/first_version.txt)."""
     cuda = device.type == "cuda"
     if cfg.compile == "off" or cfg.compile == "auto" and not cuda:
         return
@@ -252,42 +252,50 @@ def compile_networks(cfg, distiller, teacher, device):
 # ================================================================ the cache of targets
 
 
-def cache_targets(cfg, distiller, embed, key, store, device, rank, world):
+def cache_targets(cfg, distiller, embed, key, store, device):
     """The targets of each view, filled unless an earlier run has done it: a list of `data.Rows`,
-    int8 [I, T, D + 2]. key: the images, the teacher and the precision. Raises UserError if those of
-    the first or the last view are not what the code computes now, token by token."""
+    int8 [I, T, D + 2]. Shards are filled by whichever process is free. key: the images, the teacher
+    and the precision. Raises UserError if the first targets of the first or the last view are not
+    what the code computes now, token by token."""
     size = min(data.CHUNK * (4 if device.type == "cuda" else 1), cfg.batch_size)
-    parts = data.batches(np.arange(len(store)), size)  # of one size, for torch.compile
+    count = min(cfg.teacher_views, cfg.epochs)
+    shards = data.chunks(np.arange(len(store)), data.SHARD)
 
-    def compute(view, parts):
+    def compute(view, rows):
+        parts = data.batches(rows, size)  # of one size, for torch.compile
+        parts = data.progress(parts, f"targets of view {view + 1} of {count}")
         for index, stored in data.read(parts, device, store.images):
             yield distiller.targets(embed(stored, view, index))
 
-    def fill(view, path):
-        title = f"targets of view {view + 1} of {len(files)}"
+    def fill(view, rows, path):
         with open(path, "wb") as file:
-            for targets in data.progress(compute(view, parts), title, len(parts)):
+            for targets in compute(view, rows):
                 file.write(data.quantise(targets).cpu().numpy())
-            file.truncate(math.prod(shape))  # the first images filled up the last part
+            file.truncate(len(rows) * length)  # the first images filled up the last part
 
-    count = min(cfg.teacher_views, cfg.epochs)
-    expected = {view: next(compute(view, parts[:1])).cpu() for view in {0, count - 1}}
-    shape = len(store), expected[0].shape[1], expected[0].shape[2] + 2
-    folder = cache_folder(cfg, distiller, [*key, shape])
-    files = [folder / f"view_{view}.i8" for view in range(count)]
-    need = math.prod(shape) * sum(not file.exists() for file in files)
+    first = np.resize(shards[0], size)
+    expected = {view: next(compute(view, first)).cpu() for view in {0, count - 1}}
+    T, D = expected[0].shape[1:]
+    length = T * (D + 2)
+    folder = cache_folder(cfg, distiller, [*key, len(store), T, D])
+    jobs = [(folder / f"view_{view}_{number}.i8", view, rows)
+            for view in range(count) for number, rows in enumerate(shards)]
+    need = length * sum(len(rows) for file, _, rows in jobs if not file.exists())
     log.info(f"targets   {need / 1e9:.2f} GB to be filled in {folder}")
     data.check_space(cfg.cache_dir, need, "--teacher_views")
-    for view, target in expected.items():  # before others are filled beside them
-        if files[view].exists():
-            cached = data.dequantise(data.Rows(files[view], torch.int8, shape)[parts[0]])
-            error = (cached - target).square().sum((0, 2))
+    for file, view, rows in jobs[:: len(shards)]:  # before others are filled beside them
+        if view in expected and file.exists():
+            cached = data.Rows([file], torch.int8, (len(rows), T, D + 2))[first]
+            target = expected[view]
+            error = (data.dequantise(cached) - target).square().sum((0, 2))
             if (error > 0.02 * target.square().sum((0, 2))).any():  # a cosine below 0.99
                 raise UserError(f"{folder} holds targets of other code: set --cache_dir, or delete "
                                 "it")
-    for view in np.roll(range(count), -(count * rank // world)):  # processes begin with others
-        data.make_once(files[view], partial(fill, view))
-    return [data.Rows(file, torch.int8, shape) for file in files]
+    for wait in (False, True):  # first what no other process is at
+        for file, view, rows in jobs:
+            data.make_once(file, partial(fill, view, rows), wait)
+    return [data.Rows([file for file, own, _ in jobs if own == view], torch.int8,
+                      (len(store), T, D + 2)) for view in range(count)]
 
 
 def cache_folder(cfg, distiller, key):
@@ -373,7 +381,8 @@ class Journal:
         cfg, steps = self.cfg, self.cfg.epochs * steps_per_epoch
         changed = [f"{name} {value}" for name, value in vars(cfg).items()
                    if value != getattr(Config, name)]
-        settings = f"settings  {', '.join(changed) or 'all as by default'}"
+        settings = textwrap.fill(f"settings  {', '.join(changed) or 'all as by default'}", 100,
+                                 subsequent_indent=" " * 10, break_on_hyphens=False)
         machine = ", ".join(f"{name} {value}" for name, value
                             in models.environment(self.device).items())
         log.info(f"data      {cfg.dataset}: {len(store)} images of {store.size} px\n"
@@ -382,10 +391,10 @@ class Journal:
                  f"student   {cfg.student}: {student}\n"
                  f"training  {cfg.epochs} epochs of {steps_per_epoch} steps, {dtype}\n"
                  f"machine   {machine}, processes {self.world}\n"
-                 f"{textwrap.fill(settings, 100, subsequent_indent=' ' * 10)}\n"
+                 f"{settings}\n"
                  f"run       {cfg.run_path}")
         if saved:
-            log.info(f"continues at step {saved['step']}, written at commit {saved['commit']}")
+            log.info(f"continuing at step {saved['step']}, written at commit {saved['commit']}")
         if steps < 1000:
             log.warning(f"          {len(store)} images in batches of {cfg.batch_size} are "
                         f"{steps_per_epoch} steps an epoch, {steps} in all,\n          which "
@@ -495,7 +504,9 @@ def processes(cfg):
         dist.init_process_group(BACKENDS[device.type])
     path = cfg.run_path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with data.locked(f"{path}.lock", wait=False) if rank == 0 else nullcontext():
+    with data.locked(f"{path}.lock", wait=False) if rank == 0 else nullcontext(True) as held:
+        if not held:
+            raise UserError(f"another process holds {path}.lock")
         yield rank, world, device
     if world > 1:
         dist.destroy_process_group()

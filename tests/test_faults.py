@@ -67,7 +67,7 @@ def files_of_at_most(size: int):
 
 @pytest.mark.parametrize(
     ("what", "most"),
-    [("stores", 200_000), ("view_0.i8", 250_000), ("checkpoint_epoch_1.pth", 500_000)],
+    [("stores", 200_000), ("view_0_0.i8", 250_000), ("checkpoint_epoch_1.pth", 500_000)],
 )
 def test_a_full_disk_is_a_message_and_the_same_command_goes_on(
         tmp_path, undisturbed, what, most):
@@ -138,7 +138,7 @@ def test_a_run_that_began_afresh_is_told_to_continue_without_no_resume(tiny, mon
 def test_a_file_of_a_wrong_size_is_refused_as_such(tiny, tmp_path):
     cfg = tiny(cache_dir=str(tmp_path / "cache"))
     train.main(cfg)
-    for path in ("targets/*/view_0.i8", "stores/shapes-train*/images.u8"):
+    for path in ("targets/*/view_0_0.i8", "stores/shapes-train*/images.u8"):
         (file,) = (tmp_path / "cache").glob(path)
         os.truncate(file, file.stat().st_size - 1)
         with pytest.raises(UserError, match="bytes, not .*: delete"):

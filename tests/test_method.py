@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_a_change_of_code_does_not_meet_old_targets(tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(model.Head, "target", lambda head, features: -target(head, features))
     with pytest.raises(UserError, match="holds targets of other code"):
         train.main(dataclasses.replace(cfg, teacher_views=2))
-    assert not list((tmp_path / "cache").rglob("view_1.i8")), "filled beside other targets"
+    assert not list((tmp_path / "cache").rglob("view_1_0.i8")), "filled beside other targets"
     monkeypatch.undo()
 
     def fit_otherwise(head, features):
@@ -318,3 +319,30 @@ def test_the_loop_reads_values_only_when_it_logs(tiny, monkeypatch):
         train.main(tiny(epochs=4, log_every=3, teacher_views=2))
     during = {step for step, _ in reads if 0 < step < len(steps)}
     assert len(steps) == 20 and during == {3, 5, 6, 9, 10, 12, 15, 18}, reads
+
+
+def test_shards_change_no_target_and_are_left_to_the_process_that_is_at_them(
+        tiny, tmp_path, monkeypatch):
+    cfg = tiny(teacher_views=2, epochs=2)
+    whole = tiny(teacher_views=2, epochs=2, cache_dir=str(tmp_path / "whole"))
+    train.main(cfg)
+    monkeypatch.setattr(data, "SHARD", 32)
+    parts = dataclasses.replace(whole, cache_dir=str(tmp_path / "parts"),
+                                run_dir=str(tmp_path / "parts-run"))
+    made, path = [], data.write_atomically
+    monkeypatch.setattr(data, "write_atomically", lambda file, write: (
+        made.append(file.name), path(file, write)))
+    train.main(parts)
+    names = [name for name in made if name.endswith(".i8")]
+    assert names == [f"view_{view}_{shard}.i8" for view in range(2) for shard in range(3)]
+    assert same(weights(cfg), weights(parts))
+
+    made.clear()
+    (folder,) = (tmp_path / "parts").glob("targets/*")
+    for name in names[:3]:
+        (folder / name).unlink()
+    other = data.FileLock(folder / f"{names[0]}.lock", thread_local=False)
+    with other:
+        threading.Timer(1.0, other.release).start()
+        train.main(dataclasses.replace(parts, run_dir=str(tmp_path / "again")))
+    assert made[:3] == [names[1], names[2], names[0]]

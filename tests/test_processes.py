@@ -171,7 +171,7 @@ def test_machines_have_a_store_and_cache_each_and_need_not_share_the_run_folder(
     statuses, texts = train(machines)
     assert statuses == [0, 0] and close(ranks[2], machines[0]), texts
     assert len(list(tmp_path.glob("*/cache/stores/*/images.u8"))) == 2
-    assert len(list(tmp_path.glob("*/cache/targets/*/view_0.i8"))) == 2
+    assert len(list(tmp_path.glob("*/cache/targets/*/view_0_0.i8"))) == 2
     run = machines[0] / "run"
     shutil.copy(run / "checkpoint_epoch_1.pth", run / "checkpoint_latest.pth")
     statuses, texts = train(machines)
