@@ -49,6 +49,7 @@ class Config:
     image_column: str = ""  # image column of dataset; empty = the only one
     train_split: str = "train"  # split that the student learns from
     max_samples: int = 0  # learn from a fixed random subset; 0 = all images
+    stored_size: int = 0  # pixels of decoded images; 0 = what the larger network sees
     crop_scale: float = 0.4  # smallest area of a view; 0.7 for short runs
     cache_dir: str = "cache"  # for decoded images and cached targets; a fast disk
     # evaluation; training never uses labels
@@ -128,8 +129,8 @@ CHOICES = dict(pool=["cls", "mean"], head=["auto", "pca", "linear"], device=["au
                precision=["auto", "bf16", "fp16", "fp32"], compile=["auto", "on", "off"])
 LOWEST = dict(epochs=1, batch_size=1, log_every=1, crop_scale=0.01, teacher_size=8,
               student_size=8)  # others: 0
-HIGHEST = dict(crop_scale=1, teacher_size=4096, student_size=4096, teacher_views=1000,
-               seed=2**31 - 1)  # others: 1e9
+HIGHEST = dict(crop_scale=1, stored_size=4096, teacher_size=4096, student_size=4096,
+               teacher_views=1000, seed=2**31 - 1)  # others: 1e9
 
 
 def slug(name):

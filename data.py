@@ -212,8 +212,9 @@ def dequantise(quantised):
 STORE_FORMAT = 7  # raise it when decoding changes: older stores are then not found
 LABEL_COLUMNS = "label", "fine_label", "cls"
 FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # of Pillow's; EPS runs programs
-READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet files, what "
-        "save_to_disk wrote, the Hub; for others see docs/recipes.md, Your own data")
+READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet files, WebDataset's "
+        "tar shards, what save_to_disk wrote, the Hub; for others see docs/recipes.md, Your own "
+        "data")
 TRAIN = "train", "training"  # what a split may be called: the first one that is there
 TEST = "test", "testing", "validation", "valid", "val", "dev"
 NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
@@ -354,7 +355,7 @@ def folder_splits(names):
 
 def open_folder(cfg):
     """A local folder -> split -> `Files` or `datasets.Dataset`, and the names of files that are
-    left out. Of images and parquet files it holds what takes more of the disk."""
+    left out. Of images and parquet files it holds what takes more of the disk; else tar shards."""
     folder = os.path.abspath(cfg.dataset)
     skipped = {os.path.realpath(path) for path in (cfg.cache_dir, cfg.run_path)}
     names = list(list_files(folder, skipped))
@@ -362,6 +363,8 @@ def open_folder(cfg):
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
         return open_saved(folder, names), images
     tables = [name for name in names if name.endswith(".parquet")]
+    if not images and not tables:
+        tables = [name for name in names if name.endswith(".tar")]  # of WebDataset
     used = images or tables
     if images and tables:  # else no file is asked for its size here: `Files` does that once
         used = max(images, tables,
@@ -373,10 +376,11 @@ def open_folder(cfg):
         splits = {split: Files(folder, some) for split, some in folder_splits(images).items()}
     else:  # not left to `datasets`, which takes train_station.parquet for a split
         # As if train-0-of-2.parquet were a file in a folder `train`.
-        stems = {re.sub(r"(-\d+-of-\d+)?\.parquet$", f"/{name}", name): name for name in tables}
+        stems = {re.sub(r"([-_]\d+)?(-of-\d+)?\.\w+$", f"/{name}", name): name for name in tables}
         files = {split: [glob.escape(f"{folder}/{stems[stem]}") for stem in some]
                  for split, some in folder_splits(list(stems)).items()}
-        splits = {split: datasets.load_dataset("parquet", data_files=some, split="train")
+        kind = "webdataset" if tables[0].endswith(".tar") else "parquet"
+        splits = {split: datasets.load_dataset(kind, data_files=some, split="train")
                   for split, some in files.items()}  # apart: their columns and classes may differ
     return splits, {*names} - {*used}
 
@@ -569,7 +573,7 @@ def open_store(cfg, split, max_samples=0):
     of targets and says whether a run goes on with the same images.
     Raises UserError as `open_source`."""
     source = open_source(cfg, split)
-    size = max(cfg.teacher_size, cfg.student_size)  # what the networks see
+    size = cfg.stored_size or max(cfg.teacher_size, cfg.student_size)
     key = json.dumps([STORE_FORMAT, size, max_samples, source.split, source.key])
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     path = Path(cfg.cache_dir, "stores", f"{slug(cfg.dataset)}-{slug(source.split)}-{digest}")

@@ -277,8 +277,9 @@ def main(args, cfg=None):
         raise UserError("--save_features takes one checkpoint")
     loaded = [models.load_checkpoint(path) for path in args.checkpoints]
     settings = [with_settings(args, cfg or own) for _, own in loaded]
-    largest = max(max(own.teacher_size, own.student_size) for own in settings)
-    evaluator = Evaluator(replace(settings[0], teacher_size=largest), args.max_train, args.max_test)
+    largest = max(max(own.stored_size, own.teacher_size, own.student_size) for own in settings)
+    at_largest = replace(settings[0], stored_size=largest)
+    evaluator = Evaluator(at_largest, args.max_train, args.max_test)
     train, test = evaluator.train, evaluator.test
     print(f"evaluate  {evaluator.cfg.dataset}: {len(evaluator.y)} training images of "
           f"{train.split}, {len(evaluator.y_test)} test images of {test.split}\n"

@@ -318,7 +318,7 @@ def outcomes(root):
         if source == "folder":
             names = data.open_source(cfg, "train").names
         pixels = store.images[np.arange(len(store))].numpy()
-        info = json.loads(store.images.path.with_name("info.json").read_text())
+        info = json.loads(store.images.paths[0].with_name("info.json").read_text())
         bad = dict(info["unreadable"])
         read = [name for row, name in enumerate(names) if row not in bad]
         found[source] = dict(zip(read, pixels, strict=True))
