@@ -176,8 +176,10 @@ def validate(cfg, found=(), data=()):
 def make_parser(cls):
     """The command line of Config or EvalConfig. What the source says beside a field is its help.
     Flags that are not given have no value."""
-    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
-                                     exit_on_error=False, argument_default=argparse.SUPPRESS)
+    what = "" if cls is Config else "checkpoint ... "
+    parser = argparse.ArgumentParser(
+        usage=f"%(prog)s {what}[--setting value ...]", description=cls.__doc__, allow_abbrev=False,
+        exit_on_error=False, argument_default=argparse.SUPPRESS)
     if cls is Config:
         parser.add_argument("--preset", metavar=f"{'|'.join(PRESETS)}|FILE.json",
                             help="settings to start from; a run's config.json repeats it")

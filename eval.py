@@ -23,7 +23,7 @@ import numpy as np
 import pandas
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,14 +99,14 @@ def linear_probe(train, labels, test):
     # Below ten images none is held out: all scores are NaN, and max takes the first, smallest C.
     held, rest = order.tensor_split([len(order) // HOLDOUT])
     w = train.new_zeros(int(labels.max()) + 1, train.shape[1] + 1)
-    scores = {}
-    for C in STRENGTHS:
-        w = fit_probe(train[rest].float(), labels[rest], C, w, tolerance=1e-4)
+    scores, fits = {}, {}
+    for C in data.progress(STRENGTHS, "linear probe"):
+        w = fits[C] = fit_probe(train[rest].float(), labels[rest], C, w, tolerance=1e-4)
         scores[C] = accuracy(probe_predict(w, train[held].float()), labels[held])
         if scores[C] < max(scores.values()):
             break
     C = max(scores, key=scores.get)
-    return probe_predict(fit_probe(train, labels, C, w), test), C
+    return probe_predict(fit_probe(train, labels, C, fits[C]), test), C
 
 
 class Evaluator:
@@ -174,6 +174,27 @@ class Evaluator:
                            for _, features in self.embed(backbone, store, rows, name)])
                 for store, rows in ((self.train, self.train_rows), (self.test, self.test_rows))]
 
+    def kept_features(self, teacher):
+        """`features` of a teacher, in the cache from its first evaluation on these images on."""
+        key = [teacher.fingerprint, teacher.image_size, self.autocast.fast_dtype,
+               self.train.fingerprint, self.test.fingerprint]
+        digest = hashlib.sha256(repr(key).encode())
+        digest.update(self.train_rows)
+        digest.update(self.test_rows)
+        path = Path(self.cfg.cache_dir, "features", f"{digest.hexdigest()[:12]}.safetensors")
+
+        def make(temporary):
+            train, test = self.features(teacher, "the teacher")
+            save_file(dict(train=train, test=test), temporary)
+
+        data.make_once(path, make)
+        kept = load_file(path)
+        _, some = next(self.embed(teacher, self.test, self.test_rows[:data.CHUNK], "the teacher"))
+        same = F.cosine_similarity(some.cls.float().cpu(), kept["test"][:data.CHUNK])
+        if same.min() < 0.99:
+            raise UserError(f"{path} holds features of other code: delete it")
+        return kept["train"], kept["test"]
+
     def evaluate(self, train, test, probe=True):
         """Accuracies, if there are labels; mean similarity of test embeddings [Q, D]."""
         train, y, test, y_test = (x.to(self.device) for x in (train, self.y, test, self.y_test))
@@ -215,7 +236,10 @@ class Evaluator:
         """A row of the table. With a folder also its train.safetensors and test.safetensors:
         embeddings float32 [I, D], labels int64 [I], -1 for none; the metadata has the names of
         classes and images, as JSON."""
-        train, test = self.features(backbone, name)
+        if hasattr(backbone, "fingerprint"):
+            train, test = self.kept_features(backbone)
+        else:
+            train, test = self.features(backbone, name)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             for split, embeddings, y, store, rows in (

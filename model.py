@@ -463,5 +463,5 @@ def environment(device):
     # By a shell, which without git writes to stderr and no exception is raised.
     git = subprocess.run("git describe --always --dirty --abbrev=12 --exclude='*'", shell=True,
                          cwd=Path(__file__).parent, capture_output=True, text=True)
-    return dict(torch=torch.__version__, timm=timm.__version__, device=name,
+    return dict(device=name, torch=torch.__version__, timm=timm.__version__,
                 commit=git.stdout.strip() or "unknown")

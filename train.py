@@ -381,7 +381,7 @@ class Journal:
         cfg, steps = self.cfg, self.cfg.epochs * steps_per_epoch
         changed = [f"{name} {value}" for name, value in vars(cfg).items()
                    if value != getattr(Config, name)]
-        settings = textwrap.fill(f"settings  {', '.join(changed) or 'all as by default'}", 100,
+        settings = textwrap.fill(f"settings  {', '.join(changed) or 'all as by default'}", 80,
                                  subsequent_indent=" " * 10, break_on_hyphens=False)
         machine = ", ".join(f"{name} {value}" for name, value
                             in models.environment(self.device).items())
@@ -389,8 +389,9 @@ class Journal:
                  f"          {store.summary}\n"
                  f"teacher   {cfg.teacher}: {teacher}\n"
                  f"student   {cfg.student}: {student}\n"
-                 f"training  {cfg.epochs} epochs of {steps_per_epoch} steps, {dtype}\n"
-                 f"machine   {machine}, processes {self.world}\n"
+                 f"training  {cfg.epochs} epochs of {steps_per_epoch} steps, {dtype}, processes: "
+                 f"{self.world}\n"
+                 f"machine   {machine}\n"
                  f"{settings}\n"
                  f"run       {cfg.run_path}")
         if saved:

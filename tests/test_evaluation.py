@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
-import safetensors
+import safetensors.torch
 import timm
 import torch
 from conftest import png, put, tables
@@ -379,3 +379,28 @@ def test_training_and_test_images_share_none_of_those_that_the_heads_are_measure
               evaluation.data.subset(rows, 100, evaluation.data.HELD_OUT)]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert len({*orders[a]} & {*orders[b]}) < 30
+
+
+def test_the_teachers_features_are_kept_and_compared_with_what_it_outputs_now(
+        own, tmp_path, monkeypatch):
+    put(tmp_path, *[f"own/{split}/{name}/{i}.png" for split in ("train", "test")
+                    for name in ("cat", "dog") for i in range(12)])
+    cfg = own(cache_dir=str(tmp_path / "cache"))
+    path = trained(cfg)
+    embedded, embed = [], evaluation.Evaluator.embed
+
+    def counted(self, backbone, store, rows, name):
+        embedded.append(name)
+        return embed(self, backbone, store, rows, name)
+
+    monkeypatch.setattr(evaluation.Evaluator, "embed", counted)
+    first = evaluation.main(EvalConfig((path,)))
+    times = embedded.count("the teacher")
+    second = evaluation.main(EvalConfig((path,)))
+    assert embedded.count("the teacher") - times == times - 2, "train and test once"
+    assert first[0]["knn20"] == second[0]["knn20"] and first[0]["linear"] == second[0]["linear"]
+    (file,) = (tmp_path / "cache").glob("features/*.safetensors")
+    kept = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name: -value for name, value in kept.items()}, file)
+    with pytest.raises(UserError, match="holds features of other code"):
+        evaluation.main(EvalConfig((path,)))

@@ -3,6 +3,7 @@
 Skipped where the Hub's script and data are not beside the repository.
 """
 
+import base64
 import contextlib
 import importlib.util
 import json
@@ -24,6 +25,7 @@ import pytest
 import safetensors.torch
 import timm
 from conftest import put
+from test_docs import blocks
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +70,14 @@ def hub(*repositories: str):
         yield re.search(r"http://\S+", server.stdout.readline())[0]
     finally:
         server.kill()
+
+
+def load_serve():
+    """The Hub's script as a module."""
+    spec = importlib.util.spec_from_file_location("serve", SHARED / "hub" / "serve.py")
+    serve = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serve)
+    return serve
 
 
 @needs_shared
@@ -208,6 +218,77 @@ def test_image_files_are_read_where_the_relative_cache_of_the_hub_is_a_link(tmp_
     assert done.returncode == 0 and "8 of 8 are used" in done.stdout, done.stderr[-3000:]
 
 
+@contextlib.contextmanager
+def hub_that_takes_uploads(folder: Path):
+    """(endpoint, what was asked of it): a Hub whose new repository's files lie in `folder`."""
+    serve, asked = load_serve(), []
+
+    class Hub(serve.Hub):
+        def route(self):
+            page = f"http://127.0.0.1:{self.server.server_port}/me/student"
+            request = f"{self.command} {self.path.split('?')[0]}"
+            if self.command == "POST":
+                asked.append((request, self.body))
+            if request == "POST /api/repos/create":
+                self.reply(200, {"url": page})
+            elif request == "POST /api/validate-yaml":
+                self.reply(200, {"errors": [], "warnings": []})
+            elif request.endswith("/preupload/main"):
+                files = json.loads(self.body)["files"]
+                files = [dict(path=file["path"], uploadMode="regular", shouldIgnore=False)
+                         for file in files]
+                self.reply(200, {"files": files})
+            elif request.endswith("/commit/main"):
+                for line in map(json.loads, self.body.splitlines()):
+                    if line["key"] == "file":
+                        content = base64.b64decode(line["value"]["content"])
+                        (folder / line["value"]["path"]).write_bytes(content)
+                serve.add("models/me/student", folder)
+                commit = f"{page}/commit/{serve.COMMIT}"
+                self.reply(200, {"commitUrl": commit, "commitOid": serve.COMMIT})
+            else:
+                super().route()
+
+    server = serve.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.verbose = False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+
+
+@needs_shared
+def test_a_student_is_pushed_with_a_model_card_and_loaded_from_the_hub(tmp_path):
+    """With the recipe's code; the Hub that takes it is a stand-in, the client is the real one."""
+    flags = "--preset demo --epochs 1 --max_samples 128 --teacher_views 1 --run_dir runs/x"
+    done = call(tmp_path, "http://127.0.0.1:9", "train.py", *flags.split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    code = blocks("README.md", "Use the student")[0] + blocks("recipes.md", "To the Hub")[0]
+    code += """
+loaded = timm.create_model("hf-hub:me/student", pretrained=True).eval()
+how_loaded = timm.data.resolve_model_data_config(loaded)
+images = torch.rand(2, *how_loaded["input_size"])
+assert torch.equal(loaded(images), student(images))
+assert list(how_loaded["mean"]) == how["mean"] and list(how_loaded["std"]) == how["std"]
+"""
+    (tmp_path / "repository").mkdir()
+    with hub_that_takes_uploads(tmp_path / "repository") as (endpoint, asked):
+        done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, timeout=300,
+                              env=environment(tmp_path, endpoint), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    created = json.loads(dict(asked)["POST /api/repos/create"])
+    assert created["name"] == "student", created
+    assert created.get("private") or created.get("visibility") == "private", created
+    files = sorted(path.name for path in (tmp_path / "repository").iterdir())
+    assert files == ["README.md", "config.json", "model.safetensors"]
+    card = (tmp_path / "repository" / "README.md").read_text()
+    accuracy = json.loads((tmp_path / "runs/x/eval.json").read_text())[-1]["linear"]
+    for words in ("license: apache-2.0", "- **teacher:** demo", f"- **linear:** {accuracy}",
+                  "hf-hub:me/student"):
+        assert words in card, card
+
+
 @pytest.mark.parametrize("missing", ["dataset", "teacher"])
 def test_without_a_hub_the_message_comes_within_seconds_and_says_what_to_do(tmp_path, missing):
     begin = time.time()
@@ -327,9 +408,7 @@ def troubled(tmp_path_factory):
     With once=True only the first time that each of them is asked for.
     """
     home = tmp_path_factory.mktemp("troubled")
-    spec = importlib.util.spec_from_file_location("serve", SHARED / "hub" / "serve.py")
-    serve = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(serve)
+    serve = load_serve()
 
     class Hub(serve.Hub):
         repos = serve.REPOS
