@@ -1,12 +1,16 @@
 """Pictures of a run: its views, its patch embeddings, and which images its student finds alike.
 
-    python examples/figures.py runs/x/checkpoint_latest.pth FOLDER
+    python examples/figures.py runs/x           # into the run folder, beside eval.json
+    python examples/figures.py runs/x FOLDER
 
 views.png: training images as they are stored, and the crops of them in the cached views.
-patches.png: three principal components of the patch embeddings as a colour, teacher and student in
-one basis. neighbors.png: test images, and the training images that the student finds most alike,
-framed green where the class is the same and orange where it is not. progress.png, of a run with
---eval_every 1: k-NN accuracy against minutes, and the nearest neighbour of the first test image of
+patches.png, where the student has at least 6 x 6 patches: three principal components of their
+embeddings as a colour, teacher and student in one basis. neighbors.png: test images, and the
+training images that the student finds most alike, framed green where the class is the same and
+orange where it is not.
+
+Where matplotlib is installed also curve.png, the losses by epoch, and of a run with --eval_every 1
+progress.png: k-NN accuracy against minutes, and the nearest neighbour of the first test image of
 each class, for the untrained student, after one epoch and at the end.
 """
 
@@ -28,20 +32,25 @@ import model
 from train import QUICK_EVAL
 
 SHOWN = 8  # images
+FEWEST = 6, 6  # patches of which a picture shows something
 TILE, GAP, MARGIN, FRAME = 96, 8, 76, 3  # pixels
 SAME, OTHER = "#009e73", "#d55e00"  # distinct for colour-blind readers too (Okabe and Ito)
 RANKS = "nearest second third fourth fifth".split()
 
 
-def sheet(path: Path, rows: list[tuple]) -> PIL.Image.Image:
+def sheet(path: Path, title: str, rows: list[tuple], names=()) -> PIL.Image.Image:
     """Write and return a picture of rows: (label, images float [n, 3, H, W] in [0, 1], colours).
 
-    The colours, of a frame around each image, may be left out.
+    The colours, of a frame around each image, may be left out; names are those of the columns.
     """
-    side, across = TILE + GAP, len(rows[0][1])
-    page = PIL.Image.new("RGB", (MARGIN + across * side, GAP + len(rows) * side), "white")
+    side, across, top = TILE + GAP, len(rows[0][1]), 52 if len(names) else 32
+    page = PIL.Image.new("RGB", (MARGIN + across * side, top + len(rows) * side), "white")
     draw = PIL.ImageDraw.Draw(page)
-    for y, (label, images, *frames) in zip(range(GAP, page.height, side), rows, strict=True):
+    draw.text((page.width // 2, GAP), title, "black", anchor="ma", font_size=16)
+    for i, name in enumerate(names):
+        draw.text((MARGIN + i * side + TILE // 2, top - GAP), name[:14], "black", anchor="ms",
+                  font_size=12)
+    for y, (label, images, *frames) in zip(range(top, page.height, side), rows, strict=True):
         draw.text((GAP, y + TILE // 2), label, "black", anchor="lm", font_size=14)
         tiles = F.interpolate(images.float().cpu(), TILE, mode="bicubic", antialias=True)
         for i, tile in enumerate(tiles.clamp(0, 1)):
@@ -67,7 +76,7 @@ def patches(path: Path, images: torch.Tensor, sides: dict) -> PIL.Image.Image:
             low, high = (basis @ axes).quantile(torch.tensor([0.02, 0.98]), 0)
         colours = (tokens @ axes - low) / (high - low).clamp_min(1e-6)
         rows.append((f"{name}\n{net.grid[0]} x {net.grid[1]}", colours.mT.unflatten(2, net.grid)))
-    return sheet(path, rows)
+    return sheet(path, "patch embeddings, three principal components as a colour", rows)
 
 
 def neighbours(path: Path, evaluator: evaluation.Evaluator, train, test) -> PIL.Image.Image:
@@ -82,7 +91,31 @@ def neighbours(path: Path, evaluator: evaluation.Evaluator, train, test) -> PIL.
         right = (evaluator.y[column] == evaluator.y_test[some]).tolist()
         frames = [[SAME if r else OTHER for r in right]] if evaluator.labelled else []
         rows.append((label, images, *frames))
-    return sheet(path, rows)
+    names = [evaluator.classes[y] for y in evaluator.y_test[some]] if evaluator.labelled else ()
+    return sheet(path, "the training images that the student finds most alike", rows, names)
+
+
+def curve(path: Path, cfg) -> None:
+    """The losses of a run's metrics.jsonl by epoch, and its quick k-NN accuracy, if it has one."""
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
+    quick = [line for line in lines if "test_knn20" in line]
+    figure, axes = plt.subplots(1, 2 if quick else 1, figsize=(10 if quick else 5, 3),
+                                squeeze=False, layout="constrained")
+    for name, colour in zip(("loss", "cls", "patch"), ("#0072b2", OTHER, SAME), strict=True):
+        if name in lines[-1]:
+            axes[0, 0].plot([line["epoch"] for line in lines], [line[name] for line in lines],
+                            color=colour, label=name)
+    axes[0, 0].set(title="loss", xlabel="epoch", ylim=(0, None))
+    axes[0, 0].legend()
+    if quick:
+        axes[0, 1].plot([line["epoch"] for line in quick],
+                        [100 * line["test_knn20"] for line in quick], "o-", markersize=3,
+                        color="#0072b2")
+        axes[0, 1].set(title="k-NN accuracy, %", xlabel="epoch", ylim=(0, 103))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def progress(path: Path, cfg, evaluator: evaluation.Evaluator, teacher: model.Backbone) -> None:
@@ -108,7 +141,7 @@ def progress(path: Path, cfg, evaluator: evaluation.Evaluator, teacher: model.Ba
               color="#0072b2", label="student")
     axis.axhline(best, color="black", linestyle="--", label="teacher")
     axis.axhline(least, color="#999999", linestyle=":", label="untrained")
-    axis.set(xlabel="minutes of training", ylabel="k-NN accuracy, %", ylim=(0, 103))
+    axis.set(title="k-NN accuracy, %", xlabel="minutes of training", ylim=(0, 103))
     axis.legend()
     axes = right.subplots(1 + len(students), SHOWN)
     for row in axes:
@@ -132,10 +165,10 @@ def progress(path: Path, cfg, evaluator: evaluation.Evaluator, teacher: model.Ba
     figure.savefig(path, dpi=100)
 
 
-def main(checkpoint: str, folder: str) -> None:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def main(checkpoint: str, folder: str = "") -> None:
     saved, cfg = model.load_checkpoint(checkpoint)
+    folder = Path(folder or saved["path"].parent)
+    folder.mkdir(parents=True, exist_ok=True)
     evaluator = evaluation.Evaluator(cfg)
     teacher = model.load_teacher(cfg)
     distiller = model.Distiller(model.build_student(cfg, saved["student"]), teacher, cfg).eval()
@@ -144,20 +177,26 @@ def main(checkpoint: str, folder: str) -> None:
                           for name, value in saved["objective"].items()
                           if name.startswith("patch_head.")})
     some = data.subset(evaluator.test_rows, SHOWN)
-    patches(folder / "patches.png", evaluator.test.images[some],
-            dict(teacher=(teacher, head.target), student=(distiller.student, head.predict)))
+    if distiller.student.grid >= FEWEST:
+        patches(folder / "patches.png", evaluator.test.images[some],
+                dict(teacher=(teacher, head.target), student=(distiller.student, head.predict)))
     rows = data.subset(np.arange(len(evaluator.train)), SHOWN)
     images = evaluator.train.images[rows]
     views = [(f"view {view}", data.render(images, cfg.student_size, *data.view_crops(
         rows, cfg.seed, view, cfg.crop_scale))) for view in range(max(cfg.teacher_views, 1))]
-    sheet(folder / "views.png", [("image", images / 255), *views])
+    title = "crops, the same for teacher and student"
+    sheet(folder / "views.png", title, [("image", images / 255), *views])
     neighbours(folder / "neighbors.png", evaluator, *evaluator.features(distiller.student))
-    if cfg.eval_every:
-        progress(folder / "progress.png", cfg, evaluator, teacher)
+    try:
+        curve(folder / "curve.png", cfg)
+        if cfg.eval_every:
+            progress(folder / "progress.png", cfg, evaluator, teacher)
+    except ImportError:
+        print("no curves: pip install matplotlib")
     print(f"written to {folder}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
     main(*sys.argv[1:])

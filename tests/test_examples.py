@@ -1,5 +1,7 @@
 """What is beside the five modules: the pictures, and how the demo's teacher was made."""
 
+import sys
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -13,15 +15,22 @@ from test_smoke import latest
 
 
 @pytest.mark.slow
-def test_pictures_of_a_run(tiny, tmp_path, monkeypatch):
+def test_pictures_of_a_run(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "QUICK_EVAL", (60, 30))
     monkeypatch.setattr(figures, "QUICK_EVAL", (60, 30))
     cfg = tiny(eval_every=1)
     train.main(cfg)
+    figures.main(str(cfg.run_path))
+    assert not (cfg.run_path / "patches.png").exists(), "2 x 2 patches show nothing"
+    monkeypatch.setattr(figures, "FEWEST", (2, 2))
     figures.main(latest(cfg), str(tmp_path / "pictures"))
-    for name in ("views", "patches", "neighbors", "progress"):
+    for name in ("views", "patches", "neighbors", "progress", "curve"):
         picture = np.asarray(PIL.Image.open(tmp_path / "pictures" / f"{name}.png").convert("RGB"))
         assert min(picture.shape[:2]) > 60 and picture.std() > 20, name
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    figures.main(latest(cfg), str(tmp_path / "without"))
+    assert (tmp_path / "without" / "views.png").exists()
+    assert "pip install matplotlib" in capsys.readouterr().out
 
 
 @pytest.mark.slow
