@@ -18,7 +18,8 @@ import huggingface_hub as hub
 from demo.shapes import shapes
 
 # Threads that wait for others sleep soon. Where another program uses the cores, spinning ones take
-# ten times as long (results/speed/busy.txt). Read when torch is imported, so that comes later.
+# ten times as long (results/speed/busy.txt). torch reads this when it is imported, which nothing
+# above does.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 log = logging.getLogger("distill")
@@ -161,7 +162,7 @@ def validate(cfg, found=(), data=()):
     found = [*found, *filter(None, map(wrong_dataset, dict.fromkeys(data)))]
     for name, value in vars(cfg).items():
         low, high, choices = LOWEST.get(name, 0), HIGHEST.get(name, 1e9), CHOICES.get(name)
-        if choices and value not in [*choices, getattr(type(cfg), name)]:
+        if choices and value not in [*choices, getattr(type(cfg), name)]:  # "" of EvalConfig
             found.append(f"--{name} {value}: not one of {', '.join(choices)}")
         elif cfg.__annotations__[name] in (int, float):
             if not (isinstance(value, int | float) and low <= value <= high):
@@ -184,6 +185,7 @@ def make_parser(cls):
         parser.add_argument("--preset", metavar=f"{'|'.join(PRESETS)}|FILE.json",
                             help="settings to start from; a run's config.json repeats it")
     group = parser
+    # A line "    # loss" begins a section, "    epochs: int = 50  # passes over the data" a flag.
     for name, text in re.findall(r"^    (?:(\w+): .*  )?# (.*)$", inspect.getsource(cls), re.M):
         kind = cls.__annotations__.get(name)
         default = getattr(cls, name, "")
@@ -217,16 +219,13 @@ def parse(cls, argv):
 
 def read_preset(name):
     """The settings of a preset, or of a file that a run has written. Raises UserError."""
-    if not name.endswith(".json"):
-        if name and name not in PRESETS:
-            raise UserError(f"--preset {name}: not one of {', '.join(PRESETS)}, nor a FILE.json")
+    if not name or name in PRESETS:
         return PRESETS.get(name, {})
     try:
-        settings = json.loads(Path(name).read_text())
-        Config(**settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--preset {name} is no config.json of this version: {error}") from error
-    return settings
+        return vars(Config(**json.loads(Path(name).read_text())))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--preset {name}: neither {' nor '.join(PRESETS)} nor a config.json of "
+                        f"this version ({error})") from error
 
 
 def cli(main, cls):

@@ -87,7 +87,7 @@ class Rows:
         self.row_bytes = math.prod(shape[1:])
         self.nbytes = math.prod(shape)
         self.resident = None
-        self.shard = SHARD if len(paths) > 1 else shape[0]
+        self.shard = SHARD if len(paths) > 1 else shape[0]  # images are one file
         self.files = [open(path, "rb", buffering=0) for path in paths]
         for path, part in zip(paths, chunks(np.arange(shape[0]), self.shard), strict=True):
             size, expected = path.stat().st_size, len(part) * self.row_bytes
@@ -101,8 +101,8 @@ class Rows:
         out = torch.empty(shape, dtype=self.dtype, pin_memory=torch.cuda.is_initialized())
         for row, place in zip(index.tolist(), out.flatten(1).numpy(), strict=True):
             number, row = divmod(row, self.shard)
-            read = os.preadv(self.files[number].fileno(), [place], row * self.row_bytes)
-            if read != self.row_bytes:
+            count = os.preadv(self.files[number].fileno(), [place], row * self.row_bytes)
+            if count != self.row_bytes:
                 raise UserError(f"{self.paths[number]} was cut short while it was read")
         return out
 
@@ -138,12 +138,12 @@ def uniform(index, count, *key):
     index: int64 [B]. A pure function of key (integers) and image: each image takes its part of one
     SplitMix64 sequence (Steele et al. 2014), which the key starts, so nothing is drawn in order."""
     start = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    place = np.asarray(index, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype="u8")
-    x = start + (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return torch.from_numpy((x >> np.uint64(40)).astype(np.float32) / 2**24)
+    place = np.asarray(index, np.uint64)[:, None] * count + np.arange(1, count + 1, dtype=np.uint64)
+    x = start + place * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    x = x ^ (x >> 31)
+    return torch.from_numpy((x >> 40).astype(np.float32) / 2**24)
 
 
 def view_crops(index, seed, view, crop_scale):
@@ -187,10 +187,8 @@ def resize_matrix(start, length, size, stored):
     centre = (start[:, None] + length[:, None] * steps) * stored
     width = (length * stored / size).clamp(min=1)  # > 1 when shrinking: anti-aliasing
     source = torch.arange(stored, device=start.device) + 0.5
-    d = (source - centre[..., None]).abs() / width[:, None, None]
-    near = (1.5 * d - 2.5) * d * d + 1
-    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
-    weights = torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
+    d = ((source - centre[..., None]).abs() / width[:, None, None]).clamp(max=2)
+    weights = (1 - d) * torch.where(d < 1, 1 + d - 1.5 * d * d, (2 - d) ** 2 / 2)
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -222,6 +220,11 @@ NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno
 
 class NoSplit(UserError):
     """The data set exists, but has no such split."""
+
+
+# A source is a split of which nothing has been decoded: an object with `key`, by which its store
+# is found, `len`, `cells(rows)`, what `open_image` takes, and `labels(column)`. `Files` and `Table`
+# are two kinds, demo/shapes.py has a third; `open_source` adds `split`, `notes` and `folders`.
 
 
 class Files:
@@ -295,12 +298,11 @@ def is_image(name):
     return kind in FORMATS and "@eaDir" not in name  # thumbnails of a Synology disk
 
 
-def list_files(folder, skipped=(), above=(), links=0):
+def list_files(folder, skipped=()):
     """Yield the relative names of all files below a folder, in order. Links are followed, but not
-    in a circle, and not further than the third within another; what begins with a dot is left out,
-    and so are the folders of `skipped`."""
+    in a circle; what begins with a dot is left out, and so are the folders of `skipped`."""
     real = os.path.realpath(folder)
-    if real in above or real in skipped or links > 3:
+    if real in skipped:
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
@@ -308,8 +310,7 @@ def list_files(folder, skipped=(), above=(), links=0):
         if os.path.isfile(entry.path):
             yield entry.name
         elif os.path.isdir(entry.path):
-            links_in = links + entry.is_symlink()
-            for name in list_files(entry.path, skipped, (*above, real), links_in):
+            for name in list_files(entry.path, {*skipped, real}):
                 yield f"{entry.name}/{name}"
 
 
@@ -585,7 +586,8 @@ def open_store(cfg, split, max_samples=0):
 
 
 def build_store(source, max_samples, size, path):
-    """Decode a source into a folder, at `size` or the median of 64 short sides if that is less."""
+    """Decode a source into a folder, at `size` or the median of 64 short sides if that is less:
+    images of 32 px are not stored at 224."""
     rows = subset(np.arange(len(source)), max_samples)
     sides = []
     for cell in source.cells(subset(rows, 64).tolist()):

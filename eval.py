@@ -139,10 +139,10 @@ class Evaluator:
         self.train_rows = with_labels(labels, train_rows, max_train)
         self.test_rows = with_labels(labels_test, test_rows, max_test)
         names, names_test = labels[self.train_rows], labels_test[self.test_rows]
-        self.classes = sorted({*names, *names_test} - {None})
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self.y = torch.tensor([numbers.get(name, -1) for name in names])
-        self.y_test = torch.tensor([numbers.get(name, -1) for name in names_test])
+        numbers, classes = pandas.factorize(np.concatenate([names, names_test]), sort=True)
+        self.classes = classes.tolist()
+        counts = len(names), len(names_test)
+        self.y, self.y_test = torch.from_numpy(numbers).split(counts)  # -1: no label
         problem = why_not_classified(labels, {*names} - {None}, {*names_test} - {None})
         self.labelled = not problem
         if problem and cfg.label_column:

@@ -108,7 +108,8 @@ class Head(nn.Module):
         if self.kind == "pca":
             covariance = (centred.T @ centred).cpu().double()
             axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : len(self.scale)]
-            self.basis.zero_()[:, : axes.shape[1]] = axes
+            self.basis.zero_()
+            self.basis[:, : axes.shape[1]] = axes
         std = (centred @ self.basis).std(0, correction=0)
         self.scale.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0) ** self.whiten)
 
@@ -158,7 +159,7 @@ class Distiller(nn.Module):
         name -> scalar tensor."""
         cls = self.cls_head.predict(features.cls)
         patches = self.patch_head.predict(features.patches)
-        # Where the two have other widths, the narrower targets are filled up with zeros.
+        # CLS and patches may have other widths: the narrower targets are filled up with zeros.
         cls_loss = cosine_loss(cls, target[:, 0, : cls.shape[-1]]).mean()
         patch_loss = cosine_loss(patches, target[:, 1:, : patches.shape[-1]]).mean()
         loss = self.cfg.cls_weight * cls_loss + self.cfg.patch_weight * patch_loss
@@ -281,7 +282,7 @@ def build_student(cfg, state=None) -> Backbone:
         student = Backbone(create(cfg.student, weights, arguments), cfg.student_size)
         if state:
             student.net.load_state_dict(state)
-        else:  # some models fail only in training; a copy, as batch norm would remember it
+        else:  # some models fail only in training; on a copy, as batch norm learns from a forward
             images = torch.zeros(min(cfg.batch_size, 2), 3, cfg.student_size, cfg.student_size)
             copy.deepcopy(student).train()(images)
     student.arguments = arguments
@@ -308,7 +309,7 @@ def load_teacher(cfg) -> Backbone:
         for value in net.state_dict().values():
             digest.update(value.numpy().tobytes())
         if hasattr(net, "set_input_size"):
-            table = getattr(net, "pos_embed", None)
+            table = getattr(net, "pos_embed", None)  # of the native size
             net.set_input_size(img_size=cfg.teacher_size)
             if "dinov2" in name and "reg4" not in name:
                 table = official_position_table(table, net.patch_embed.grid_size)

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -80,7 +80,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
 
         @torch.inference_mode()
         def teach(teacher, stored, view, index):
-            """The teacher's Features of the same view, at its own size."""
+            """The teacher's Features of the same view. It is an argument, so that it can leave."""
             images = cut(stored, view, index, cfg.teacher_size)
             with autocast:
                 return distiller.embed(teacher, images)
@@ -351,14 +351,15 @@ def average_gradients(module, world):
     if world == 1:
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
+    flat = parameters_to_vector(gradients) / world
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+        gradient.copy_(mean.view_as(gradient))  # in place, as CUDA graphs want them
 
 
 class Journal:
-    """The log: the terminal, train.log and metrics.jsonl in the run folder; rank 0 writes them."""
+    """The log: the terminal, train.log and metrics.jsonl in the run folder. All processes
+    `average`; rank 0 alone writes."""
 
     def __init__(self, cfg, saved, rank, world, device):
         self.cfg, self.world, self.device = cfg, world, device
@@ -446,7 +447,7 @@ class Journal:
 
     def write(self, line, student):
         """Write a line of metrics.jsonl; at the end of an epoch also one for people, after some
-        epochs with the accuracy of the student."""
+        epochs with the accuracy of the student. `line` is the last of the history, too."""
         if self.evaluator and line["epoch"] % self.cfg.eval_every == 0:
             features = self.evaluator.features(student)
             quick = self.evaluator.evaluate(*features, probe=False)
@@ -508,7 +509,13 @@ def processes(cfg):
     with data.locked(f"{path}.lock", wait=False) if rank == 0 else nullcontext(True) as held:
         if not held:
             raise UserError(f"another process holds {path}.lock")
-        yield rank, world, device
+        try:
+            yield rank, world, device
+        except RuntimeError as error:
+            if "gloo" not in str(error):
+                raise
+            raise UserError("another process has ended or is out of reach: see what it printed; "
+                            f"the same command continues ({reason(error)[:80]})") from error
     if world > 1:
         dist.destroy_process_group()
 

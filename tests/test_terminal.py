@@ -35,13 +35,13 @@ def test_a_config_json_repeats_its_run_with_flags_on_top(tiny):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("{", "is no config.json of this version"), ('{"learning_rate": 1}', "learning_rate"),
-    ('{"lr": "high"}', "--lr high: must be from 0"), ("[1]", "is no config.json")])
+    ("{", "nor a config.json of this version"), ('{"learning_rate": 1}', "learning_rate"),
+    ('{"lr": "high"}', "--lr high: must be from 0"), ("[1]", "nor a config.json")])
 def test_a_file_of_other_settings_is_refused_with_its_reason(tmp_path, text, words):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=words):
         parse(Config, ["--preset", str(tmp_path / "x.json")])
-    with pytest.raises(UserError, match="not one of demo, large, nor a FILE.json"):
+    with pytest.raises(UserError, match="neither demo nor large nor a config.json"):
         parse(Config, ["--preset", "demos"])
 
 
