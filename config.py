@@ -77,7 +77,8 @@ class Config:
     # optimisation
     epochs: int = 50  # passes over the data
     batch_size: int = 256  # images per step, over all processes together
-    lr: float = 1e-3  # peak learning rate: ViT-S 1e-3, small ViTs 2e-3, conv nets 1e-2
+    optimiser: str = "adamw"  # muon is better after few epochs, and each step takes longer
+    lr: float = 1e-3  # peak rate; adamw: ViT-S 1e-3, small ViTs 2e-3, conv nets 1e-2; muon: 5e-3
     warmup_epochs: float = 2.0  # epochs of linear warm-up, at most a fifth of the run
     weight_decay: float = 0.05  # weight decay, of matrices; not of biases, norms, tokens
     grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
@@ -127,7 +128,8 @@ MAY_CHANGE = {  # when a run is continued
     *"eval_every eval_at_end teacher_weights student_weights epochs run_dir resume".split(),
     *"device precision compile log_every save_every".split()}
 CHOICES = dict(pool=["cls", "mean"], head=["auto", "pca", "linear"], device=["auto", "cuda", "cpu"],
-               precision=["auto", "bf16", "fp16", "fp32"], compile=["auto", "on", "off"])
+               precision=["auto", "bf16", "fp16", "fp32"], compile=["auto", "on", "off"],
+               optimiser=["adamw", "muon"])
 LOWEST = dict(epochs=1, batch_size=1, log_every=1, crop_scale=0.01, teacher_size=8,
               student_size=8)  # others: 0
 HIGHEST = dict(crop_scale=1, stored_size=4096, teacher_size=4096, student_size=4096,

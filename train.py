@@ -65,9 +65,11 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         steps_per_epoch = math.ceil(len(store) / cfg.batch_size)
 
         # ------------------------------------------------------------ optimiser and precision
+        dtype = models.pick_dtype(cfg.precision, device)
         groups = distiller.parameter_groups(cfg.weight_decay)
         optimiser = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
-        dtype = models.pick_dtype(cfg.precision, device)
+        if cfg.optimiser == "muon":
+            optimiser = Muon(groups, cfg.lr, dtype)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -106,15 +108,13 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         # ------------------------------------------------------------ the teacher embeds each view
         targets = []
         if cfg.teacher_views and step < cfg.epochs * steps_per_epoch:
-            key = store.fingerprint, teacher.fingerprint, dtype
-            embed = partial(teach, teacher)
+            embed, key = partial(teach, teacher), [teacher.fingerprint, dtype]
             targets = cache_targets(cfg, distiller, embed, key, store, device)
             teacher = embed = None  # it leaves: its targets are read from now on
             use_gpu_memory(device, store.images, *targets)
 
         # ------------------------------------------------------------ training
         received = stack.enter_context(stop_signals())  # before this, Ctrl-C ends it at once
-        stack.enter_context(logging_redirect_tqdm([log]))  # lines stand above the bar
         stack.enter_context(journal.start(step, steps_per_epoch))
         for epoch in range(step // steps_per_epoch, cfg.epochs):
             view = epoch % len(targets) if targets else epoch
@@ -249,13 +249,53 @@ def compile_networks(cfg, distiller, teacher, device):
             block.compile(dynamic=False)
 
 
+class Muon(torch.optim.Optimizer):
+    """AdamW, but for matrices and kernels [out, in * h * w]: the update is their momentum, made
+    orthogonal (Jordan et al. 2024) in `dtype` and as large as one of AdamW (Liu et al. 2025)."""
+
+    def __init__(self, groups, lr, dtype):
+        self.dtype = dtype
+        super().__init__(groups, dict(lr=lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.99)))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in [p for p in group["params"] if p.grad is not None]:
+                state = self.state[p]
+                p.mul_(1 - lr * group["weight_decay"])
+                mean = state.setdefault("mean", torch.zeros_like(p))
+                if p.ndim in (2, 4):
+                    mean.lerp_(p.grad, 1 - group["momentum"])
+                    ahead = p.grad.lerp(mean, group["momentum"])  # Nesterov's
+                    update = orthogonal(ahead.flatten(1), self.dtype)
+                    p.sub_(0.2 * lr * max(update.shape) ** 0.5 * update.view_as(p))
+                else:
+                    square = state.setdefault("square", torch.zeros_like(p))
+                    t = state["t"] = state.get("t", 0) + 1
+                    mean.lerp_(p.grad, 1 - beta1)
+                    square.lerp_(p.grad.square(), 1 - beta2)
+                    deviation = (square / (1 - beta2**t)).sqrt() + 1e-8
+                    p.sub_(lr * mean / (1 - beta1**t) / deviation)
+
+
+def orthogonal(matrix, dtype):
+    """About the nearest orthogonal matrix, by five Newton-Schulz steps."""
+    wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
+    x = (wide / (wide.norm() + 1e-7)).to(dtype)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.mT if len(matrix) > matrix.shape[1] else x).to(matrix)
+
+
 # ================================================================ the cache of targets
 
 
 def cache_targets(cfg, distiller, embed, key, store, device):
     """The targets of each view, filled unless an earlier run has done it: a list of `data.Rows`,
-    int8 [I, T, D + 2]. Shards are filled by whichever process is free. key: the images, the teacher
-    and the precision. Raises UserError if the first targets of the first or the last view are not
+    int8 [I, T, D + 2]. Shards are filled by whichever process is free. key: the teacher and the
+    precision. Raises UserError if the first targets of the first or the last view are not
     what the code computes now, token by token."""
     size = min(data.CHUNK * (4 if device.type == "cuda" else 1), cfg.batch_size)
     count = min(cfg.teacher_views, cfg.epochs)
@@ -277,7 +317,7 @@ def cache_targets(cfg, distiller, embed, key, store, device):
     expected = {view: next(compute(view, first)).cpu() for view in {0, count - 1}}
     T, D = expected[0].shape[1:]
     length = T * (D + 2)
-    folder = cache_folder(cfg, distiller, [*key, len(store), T, D])
+    folder = cache_folder(cfg, distiller, [store.fingerprint, *key, len(store), T, D])
     jobs = [(folder / f"view_{view}_{number}.i8", view, rows)
             for view in range(count) for number, rows in enumerate(shards)]
     need = length * sum(len(rows) for file, _, rows in jobs if not file.exists())
@@ -402,12 +442,14 @@ class Journal:
                         f"{steps_per_epoch} steps an epoch, {steps} in all,\n          which "
                         "teach little: raise --epochs or lower --batch_size")
 
+    @contextmanager
     def start(self, step, steps_per_epoch):
         """Training begins: speeds, the time left and that of the next checkpoint count from now."""
         self.logged_at = self.saved_at = monotonic()
         total = self.cfg.epochs * steps_per_epoch
         self.bar = data.progress(total=total, initial=step, desc=f"{self.cfg.epochs} epochs")
-        return self.bar
+        with self.bar, logging_redirect_tqdm([log]):  # lines stand above the bar
+            yield
 
     def add(self, **values):
         """Statistics of a step. Copies: the next replay of a CUDA graph overwrites them."""

@@ -346,3 +346,39 @@ def test_shards_change_no_target_and_are_left_to_the_process_that_is_at_them(
         threading.Timer(1.0, other.release).start()
         train.main(dataclasses.replace(parts, run_dir=str(tmp_path / "again")))
     assert made[:3] == [names[1], names[2], names[0]]
+
+
+# ---------------------------------------------------------------------------- Muon
+
+
+def test_muon_updates_matrices_orthogonally_and_all_else_as_adamw():
+    torch.manual_seed(0)
+    start = [torch.randn(24, 8, 3, 3), torch.randn(40, 10), torch.randn(24), torch.randn(1, 5, 8)]
+    ours, theirs = ([value.clone().requires_grad_() for value in start] for _ in range(2))
+    muon = train.Muon([dict(params=ours, weight_decay=0.1)], 0.01, torch.float32)
+    adamw = torch.optim.AdamW(theirs, 0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    for _ in range(3):
+        before = [p.detach().clone() for p in ours]
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        muon.step()
+        adamw.step()
+        for p, old in zip(ours[:2], before, strict=False):
+            update = (p.detach() - old * (1 - 0.01 * 0.1)).flatten(1)
+            singular = torch.linalg.svdvals(update) / (0.01 * 0.2 * max(update.shape) ** 0.5)
+            assert 0.6 < singular.min() and singular.max() < 1.3
+    for p, q in zip(ours[2:], theirs[2:], strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_a_run_with_muon_is_continued_to_the_same_weights(tiny, tmp_path, monkeypatch):
+    cfg = tiny(optimiser="muon", lr=5e-3, epochs=3, run_dir=str(tmp_path / "whole"))
+    train.main(cfg)
+    part = dataclasses.replace(cfg, run_dir=str(tmp_path / "part"))
+    stop_at(monkeypatch, 7, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        train.main(part)
+    monkeypatch.undo()
+    train.main(part)
+    assert same(weights(cfg), weights(part))
