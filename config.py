@@ -30,8 +30,8 @@ PRESETS = {
     "demo": dict(
         dataset="shapes", teacher="demo", teacher_size=32, student="vit_tiny_patch16_224",
         student_args="patch_size=8 embed_dim=64 depth=4 num_heads=4 weight_init=jax",
-        student_size=32, crop_scale=0.8, precision="fp32", batch_size=64, epochs=14, lr=3e-3,
-        eval_at_end=True),
+        student_size=32, crop_scale=0.8, precision="fp32", batch_size=64, epochs=10,
+        optimiser="muon", lr=5e-3, eval_at_end=True),
     # 500,000 images of your own on one GPU. No run of that size has been made.
     "large": dict(dataset="", batch_size=512, epochs=100, warmup_epochs=5.0),
 }

@@ -37,8 +37,9 @@ PANELS = {  # key of metrics.jsonl -> title, factor
 
 def run(name: str) -> dict:
     """Train, and return what the log has of every epoch."""
-    cfg = Config(**PRESETS["demo"] | dict(eval_every=1, eval_at_end=False, log_every=1000,
-                                          run_dir=f"runs/collapse-{name.replace(' ', '_')}"))
+    cfg = Config(**PRESETS["demo"] | dict(
+        optimiser="adamw", lr=3e-3, epochs=14, eval_every=1, eval_at_end=False, log_every=1000,
+        run_dir=f"runs/collapse-{name.replace(' ', '_')}"))
     last = train.main(cfg, objective=RUNS[name][0])
     curve = [{key: line[key] for key in ("epoch", *PANELS)}
              for line in known(cfg.run_path / "metrics.jsonl") if "test_knn20" in line]

@@ -97,7 +97,7 @@ def segment(backbone: model.Backbone, evaluator: evaluation.Evaluator) -> dict:
 
 def run(row: str, seed: int) -> dict:
     """Train, if the row has settings of its own, and evaluate."""
-    cfg = Config(**PRESETS["demo"] | ROWS[row] | dict(
+    cfg = Config(**PRESETS["demo"] | dict(optimiser="adamw", lr=3e-3, epochs=14) | ROWS[row] | dict(
         seed=seed, eval_at_end=False, run_dir=f"runs/dense/{row.replace(' ', '_')}-{seed}"))
     last, weights = {}, None
     if ROWS[row]:

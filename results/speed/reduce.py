@@ -70,7 +70,8 @@ def average_in_bf16(module, world: int) -> None:
 
 def losses(average, seed: str) -> list:
     """One epoch of the demo: its losses, the means of five steps."""
-    settings = PRESETS["demo"] | dict(epochs=1, log_every=5, eval_at_end=False, device="cpu")
+    settings = PRESETS["demo"] | dict(optimiser="adamw", lr=3e-3, epochs=1, log_every=5,
+                                      eval_at_end=False, device="cpu")
     folder = f"{average.__name__}-{os.environ['WORLD_SIZE']}-{seed}"
     with mock.patch("train.average_gradients", average):
         train.main(Config(**settings, seed=int(seed), run_dir=folder))

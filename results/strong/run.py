@@ -160,6 +160,8 @@ ROWS = {  # settings of train.py that differ, and perhaps an objective, a Run
     "early: R9": EARLY,
     "early: R9, lr 3e-3": dict(EARLY, lr=3e-3),
     "early: R9, lr 1e-2": dict(EARLY, lr=1e-2),
+    "early: R9, lr 2e-2": dict(EARLY, lr=2e-2),
+    "R11, Muon, 20 epochs": dict(LONG, epochs=20, teacher_views=4),
     "early: R9, Muon 5e-3": dict(EARLY, lr=5e-3, run=MuonRun),
     "early: R9, Muon 5e-3 in the body": dict(EARLY, lr=5e-3, run=MuonBody),
     "early: R9, Muon 1e-2 in the body": dict(EARLY, lr=1e-2, run=MuonBody),

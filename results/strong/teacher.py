@@ -72,7 +72,8 @@ def prefix(net, x):
 def train(weights):
     torch.manual_seed(0)
     store = data.open_store(Config(dataset=str(FOLDER / "teacher-half")), "train")
-    labels, count = torch.from_numpy(store.labels), len(store)
+    names = store.labels()
+    labels, count = torch.from_numpy(np.unique(names, return_inverse=True)[1]), len(store)
     net = timm.create_model(NAME, pretrained=True, num_classes=10,
                             pretrained_cfg_overlay=dict(file=weights))
     net = net.to(memory_format=torch.channels_last)
@@ -90,11 +91,11 @@ def train(weights):
         net.train()
         for module in fixed:
             module.eval()
-        boxes = data.view_boxes(0, epoch, count, CROP)
         order = data.epoch_order(count, 0, epoch)[: count // BATCH * BATCH]
         losses, right = 0.0, 0
         for rows in order.reshape(-1, BATCH):
-            pixels = data.render(store.images[rows], boxes[rows], size)
+            crops = data.view_crops(rows, 0, epoch, CROP)
+            pixels = data.render(store.images[rows], size, *crops)
             x = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
             rate = LR * min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / steps)))
             for group in optimiser.param_groups:
@@ -122,12 +123,13 @@ def train(weights):
 def sizes(dataset="held-out", choices=SIZES, name="teacher_sizes.jsonl", weights=WEIGHTS):
     """k-NN and linear probe at each size; those of held-out learn from 10,000 images."""
     some = 10_000 if dataset == "held-out" else 0
-    bench = evaluation.Bench(Config(dataset=str(FOLDER / dataset)), some)
     with open(HERE / name, "a") as log:
         for size in choices:
             begin = time.time()
-            teacher = model.load_teacher(NAME, size, str(weights))
-            row = bench.row(f"{weights.stem}, {size} px, {dataset}", teacher)
+            cfg = Config(dataset=str(FOLDER / dataset), teacher=NAME, teacher_size=size,
+                         teacher_weights=str(weights))
+            evaluator = evaluation.Evaluator(cfg, some)
+            row = evaluator.row(f"{weights.stem}, {size} px, {dataset}", model.load_teacher(cfg))
             print(json.dumps(row | dict(seconds=time.time() - begin)), file=log, flush=True)
 
 
