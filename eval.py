@@ -307,7 +307,8 @@ def main(args, cfg=None):
     train, test = evaluator.train, evaluator.test
     print(f"evaluate  {evaluator.cfg.dataset}: {len(evaluator.y)} training images of "
           f"{train.split}, {len(evaluator.y_test)} test images of {test.split}\n"
-          f"          {train.summary}\n          of {test.split} {test.note}", flush=True)
+          f"          {train.split}: {train.summary}\n          {test.split}: {test.note}",
+          flush=True)
     rows = {}  # each teacher and untrained student once
     for (saved, _), own in zip(loaded, settings, strict=True):
         student = models.build_student(own, saved["student"])
