@@ -309,28 +309,32 @@ def main(args, cfg=None):
           f"{train.split}, {len(evaluator.y_test)} test images of {test.split}\n"
           f"          {train.split}: {train.summary}\n          {test.split}: {test.note}",
           flush=True)
-    rows = {}  # each teacher and untrained student once
+    rows, baselines = [], {}
+
+    def baseline(what, name, backbone):
+        """The row of a teacher or an untrained student: one for all checkpoints that share it."""
+        if what not in baselines:
+            baselines[what] = evaluator.row(name, backbone)
+            rows.append(baselines[what])
+        return baselines[what]
+
     for (saved, _), own in zip(loaded, settings, strict=True):
         student = models.build_student(own, saved["student"])
         if args.baselines:
             teacher = load_same_teacher(saved, own)
-            best = teacher.fingerprint, own.teacher_size
-            if best not in rows:
-                rows[best] = evaluator.row(f"teacher {own.teacher}", teacher)
-            untrained = own.student, own.student_args, own.student_size, own.pool, own.seed
-            if untrained not in rows:
-                fresh = models.build_student(replace(own, student_weights=""))
-                rows[untrained] = evaluator.row("student, untrained", fresh)
-        path = saved["path"]
-        run = printable(path.resolve().parent.name) if len(loaded) > 1 else "student"
-        name = f"{run}, epoch {saved['epoch']:g}"
-        row = evaluator.row(name, student, args.save_features)
+            best = baseline((teacher.fingerprint, own.teacher_size), f"teacher {own.teacher}",
+                            teacher)
+            fresh = models.build_student(replace(own, student_weights=""))
+            baseline((own.student, own.student_args, own.student_size, own.pool, own.seed),
+                     "student, untrained", fresh)
+        run = printable(saved["path"].resolve().parent.name) if len(loaded) > 1 else "student"
+        row = evaluator.row(f"{run}, epoch {saved['epoch']:g}", student, args.save_features)
+        row |= dict(checkpoint=str(saved["path"]), step=saved["step"])
         if args.baselines:
-            row |= {f"keeps_{key}": row[key] / rows[best][key] for key in ("knn20", "linear")
-                    if rows[best].get(key)}
+            row |= {f"keeps_{key}": row[key] / best[key] for key in ("knn20", "linear")
+                    if best.get(key)}
             row |= evaluator.compare(saved, own, student, teacher)
-        rows[path] = row | dict(checkpoint=str(path), step=saved["step"])
-    rows = list(rows.values())
+        rows.append(row)
     for row in rows:
         row |= evaluator.stated() | models.environment(evaluator.device)
     write(args, loaded[0][0]["path"], rows)
