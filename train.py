@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -391,7 +391,7 @@ def average_gradients(module, world):
     if world == 1:
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = parameters_to_vector(gradients) / world
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))  # in place, as CUDA graphs want them

@@ -91,7 +91,7 @@ def test_on_a_terminal_bars_name_the_phase_and_leave_nothing_behind(tmp_path):
     assert process.wait() == 0, shown.decode()
     text = shown.decode()
     for phase in ("decoding images", "the teacher's mean and axes", "targets of view 1 of 2",
-                  "epochs", "features of teacher demo"):
+                  "epochs", "features of the teacher"):
         assert phase in text, phase
     lines = text.replace("\x1b[A", "").split("\n")
     left = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in lines]
