@@ -51,7 +51,7 @@ class Config:
     train_split: str = "train"  # split that the student learns from
     max_samples: int = 0  # learn from a fixed random subset; 0 = all images
     stored_size: int = 0  # pixels of decoded images; 0 = what the larger network sees
-    crop_scale: float = 0.4  # smallest area of a view; 0.7 for short runs
+    crop_scale: float = 0.4  # smallest share of the image that a view shows; 0.7 for short runs
     cache_dir: str = "cache"  # for decoded images and cached targets; a fast disk
     # evaluation; training never uses labels
     eval_dataset: str = ""  # data to evaluate on; empty = the training data
@@ -77,7 +77,7 @@ class Config:
     # optimisation
     epochs: int = 50  # passes over the data
     batch_size: int = 256  # images per step, over all processes together
-    optimiser: str = "adamw"  # muon is better after few epochs, and each step takes longer
+    optimiser: str = "adamw"  # muon: better when epochs are few, slower steps; wants --lr 5e-3
     lr: float = 1e-3  # peak rate; adamw: ViT-S 1e-3, small ViTs 2e-3, conv nets 1e-2; muon: 5e-3
     warmup_epochs: float = 2.0  # epochs of linear warm-up, at most a fifth of the run
     weight_decay: float = 0.05  # weight decay, of matrices; not of biases, norms, tokens
@@ -116,7 +116,7 @@ class EvalConfig:
     max_train: int = 0  # use a fixed random subset of the training images; 0 = all
     max_test: int = 0  # use a fixed random subset of the test images; 0 = all
     # networks
-    teacher_weights: str = ""  # a file of the teacher's weights, if it has moved
+    teacher_weights: str = ""  # a file of the teacher's weights, if the file has moved
     baselines: bool = True  # also evaluate the teacher and an untrained student
     save_features: str = ""  # also write the student's embeddings, labels, names into FOLDER
     device: str = ""  # where to run
@@ -185,7 +185,8 @@ def make_parser(cls):
         exit_on_error=False, argument_default=argparse.SUPPRESS)
     if cls is Config:
         parser.add_argument("--preset", metavar=f"{'|'.join(PRESETS)}|FILE.json",
-                            help="settings to start from; a run's config.json repeats it")
+                            help="settings to start from; a run's folder or config.json: its "
+                            "settings, for another --run_dir")
     group = parser
     # A line "    # loss" begins a section, "    epochs: int = 50  # passes over the data" a flag.
     for name, text in re.findall(r"^    (?:(\w+): .*  )?# (.*)$", inspect.getsource(cls), re.M):
@@ -196,6 +197,7 @@ def make_parser(cls):
         elif kind is list:
             parser.add_argument(name, nargs="+", help=text)
         elif kind is bool:
+            text += " (default: on)" if default else " (default: off)"
             group.add_argument(f"--{name}", action="store_true", help=text)
             group.add_argument(f"--no_{name}", dest=name, action="store_false")
         else:
@@ -223,8 +225,9 @@ def read_preset(name):
     """The settings of a preset, or of a file that a run has written. Raises UserError."""
     if not name or name in PRESETS:
         return PRESETS.get(name, {})
+    path = Path(name, "config.json") if Path(name).is_dir() else Path(name)
     try:
-        return vars(Config(**json.loads(Path(name).read_text())))
+        return vars(Config(**json.loads(path.read_text())))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--preset {name}: neither {' nor '.join(PRESETS)} nor a config.json of "
                         f"this version ({error})") from error

@@ -439,7 +439,7 @@ def open_source(cfg, split):
     if isinstance(source, Files):
         source.notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
     if left_out:
-        kinds = (Path(name).suffix or "without extension" for name in left_out)
+        kinds = (Path(name).suffix or "without extension" for name in sorted(left_out))
         source.notes += f"; other files, left out: {commonest(kinds)}"
     source.notes = printable(source.notes)
     trusted = [HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE)]

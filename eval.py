@@ -151,6 +151,14 @@ class Evaluator:
         if problem:
             print(f"no k-NN, no probe: {problem}")
 
+    def __str__(self):
+        text = (f"evaluate  {self.cfg.dataset}: {len(self.y)} images to learn from, "
+                f"{len(self.y_test)} to test on\n          {self.train.split}: "
+                f"{self.train.summary}")
+        if self.test is not self.train:
+            text += f"\n          {self.test.split}: {self.test.note}"
+        return text
+
     def stated(self):
         """What was evaluated on, for eval.json."""
         return dict(dataset=self.cfg.dataset, label_column=self.cfg.label_column,
@@ -246,8 +254,9 @@ class Evaluator:
                     ("train", train, self.y, self.train, self.train_rows),
                     ("test", test, self.y_test, self.test, self.test_rows)):
                 names = dict(images=json.dumps(store.names(rows)), classes=json.dumps(self.classes))
-                save_file(dict(embeddings=embeddings, labels=y),
-                          Path(folder, f"{split}.safetensors"), names)
+                file = Path(folder, f"{split}.safetensors")
+                save_file(dict(embeddings=embeddings, labels=y), file, names)
+                print(f"features: {file}")
         row = dict(model=name, params_m=backbone.parameter_count / 1e6, size=backbone.image_size)
         return row | self.evaluate(train, test) | self.speed(backbone)
 
@@ -264,6 +273,8 @@ def why_not_classified(labels, learned, asked):
     names = {*labels} - {None}
     if len(names) > max(50, len(labels) / 2):
         return f"{len(names)} labels of {len(labels)} images are no classes; see --label_column"
+    if not names and not asked:
+        return "the images have no labels"
     unknown = sorted(map(printable, asked - learned))[:5]
     if len(learned | asked) < 2 or not learned & asked:
         return (f"no two classes that both splits have; the test split has {unknown}, the training "
@@ -304,11 +315,7 @@ def main(args, cfg=None):
     largest = max(max(own.stored_size, own.teacher_size, own.student_size) for own in settings)
     at_largest = replace(settings[0], stored_size=largest)
     evaluator = Evaluator(at_largest, args.max_train, args.max_test)
-    train, test = evaluator.train, evaluator.test
-    print(f"evaluate  {evaluator.cfg.dataset}: {len(evaluator.y)} training images of "
-          f"{train.split}, {len(evaluator.y_test)} test images of {test.split}\n"
-          f"          {train.split}: {train.summary}\n          {test.split}: {test.note}",
-          flush=True)
+    print(evaluator, flush=True)
     rows, baselines = [], {}
 
     def baseline(what, name, backbone):
@@ -365,7 +372,7 @@ def write(args, checkpoint, rows):
              for row in rows]
     table = pandas.DataFrame(table, columns=[title for _, title, _ in COLUMNS])
     print(f"{table.dropna(axis=1, how='all').fillna('').to_string(index=False)}\n"
-          f"all figures: {path}")
+          f"all numbers: {path}")
 
 
 if __name__ == "__main__":

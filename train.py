@@ -437,7 +437,7 @@ class Journal:
                  f"run       {cfg.run_path}")
         if saved:
             log.info(f"continuing at step {saved['step']}, written at commit {saved['commit']}")
-        if steps < 1000:
+        elif steps < 1000:
             log.warning(f"          {len(store)} images in batches of {cfg.batch_size} are "
                         f"{steps_per_epoch} steps an epoch, {steps} in all,\n          which "
                         "teach little: raise --epochs or lower --batch_size")

@@ -30,7 +30,8 @@ def test_a_config_json_repeats_its_run_with_flags_on_top(tiny):
     cfg = tiny(lr=0.002, resume=False)
     train.main(cfg)
     file = str(cfg.run_path / "config.json")
-    assert parse(Config, ["--preset", file]) == cfg
+    for preset in (file, str(cfg.run_path)):
+        assert parse(Config, ["--preset", preset]) == cfg
     assert parse(Config, ["--preset", file, "--lr", "0.5", "--resume"]).lr == 0.5
 
 
@@ -67,7 +68,7 @@ def test_without_a_terminal_there_are_no_bars_and_lines_have_100_columns(tmp_pat
     for line, name in zip(table[1:], ("teacher demo", "student, untrained", "student, epoch 2"),
                           strict=True):
         assert line.strip().startswith(name) and line.count("%") >= 2, line
-    assert lines[-1] == "all figures: runs/x/eval.json"
+    assert lines[-1] == "all numbers: runs/x/eval.json"
     log = (tmp_path / "runs/x/train.log").read_text().splitlines()
     assert log == lines[: len(log)], "train.log has the same lines"
 
