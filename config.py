@@ -137,7 +137,7 @@ HIGHEST = dict(crop_scale=1, stored_size=4096, teacher_size=4096, student_size=4
 
 
 def slug(name):
-    """A path's last part, or any name, as part of a file name."""
+    """The last part of a path, or of owner/name, as part of a file name."""
     return re.sub(r"[^\w.]+", "_", Path(name).resolve().name).lower()[-60:] if name else ""
 
 

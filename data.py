@@ -335,6 +335,7 @@ def folder_splits(names):
     other folder. Files beside split folders are in the split ""."""
     root = os.path.commonpath([os.path.dirname(name) for name in names])
     folders = {name: Path(name).relative_to(root).parts[:-1] for name in names}
+    # Level 0 is train/cat/1.jpg, level 1 is cat/train/1.jpg; without splits `known` stays empty.
     for level in (0, 1):
         known = split_names({path[level] for path in folders.values() if len(path) > level})
         if known:
@@ -348,7 +349,8 @@ def folder_splits(names):
         if known:
             here = path[level : level + 1]
             split = known[path[level]] if here else ""
-            levels = 2 if below[here] == {*here} else 1  # of train/train/cat, of train/cat
+            # train/train/cat/1.jpg, as archives unpack, where train holds nothing but train.
+            levels = 2 if below[here] == {*here} else 1
             path = path[:level] + path[level + levels :]
         splits.setdefault(split, {})[name] = path[0] if path else None
     return splits
@@ -367,7 +369,7 @@ def open_folder(cfg):
     if not images and not tables:
         tables = [name for name in names if name.endswith(".tar")]  # of WebDataset
     used = images or tables
-    if images and tables:  # else no file is asked for its size here: `Files` does that once
+    if images and tables:
         used = max(images, tables,
                    key=lambda some: sum(os.stat(f"{folder}/{name}").st_size for name in some))
     readme = Path(folder, "README.md").read_text(errors="replace") if "README.md" in names else ""
@@ -376,7 +378,7 @@ def open_folder(cfg):
     if used is images:
         splits = {split: Files(folder, some) for split, some in folder_splits(images).items()}
     else:  # not left to `datasets`, which takes train_station.parquet for a split
-        # As if train-0-of-2.parquet were a file in a folder `train`.
+        # train-0-of-2.parquet is taken for a file in a folder `train`: train/train-0-of-2.parquet.
         stems = {re.sub(r"([-_]\d+)?(-of-\d+)?\.\w+$", f"/{name}", name): name for name in tables}
         files = {split: [glob.escape(f"{folder}/{stems[stem]}") for stem in some]
                  for split, some in folder_splits(list(stems)).items()}

@@ -23,7 +23,7 @@ import numpy as np
 import pandas
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -193,10 +193,10 @@ class Evaluator:
 
         def make(temporary):
             train, test = self.features(teacher, "the teacher")
-            save_file(dict(train=train, test=test), temporary)
+            temporary.write_bytes(save(dict(train=train, test=test)))
 
         data.make_once(path, make)
-        kept = load_file(path)
+        kept = load(path.read_bytes())
         _, some = next(self.embed(teacher, self.test, self.test_rows[:data.CHUNK], "the teacher"))
         same = F.cosine_similarity(some.cls.float().cpu(), kept["test"][:data.CHUNK])
         if same.min() < 0.99:
@@ -286,7 +286,8 @@ def why_not_classified(labels, learned, asked):
 
 
 def on_dataset(cfg, dataset):
-    """A Config for another data set, if there is one, without what describes the training data."""
+    """A Config for another data set, if there is one, without what describes the training data;
+    label_column, test_split and all of the networks stay."""
     if not dataset:
         return cfg
     return replace(cfg, dataset=dataset, eval_dataset="", dataset_config="", image_column="",

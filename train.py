@@ -479,7 +479,7 @@ class Journal:
         line |= dict(lr=rate, memory_gb=models.peak_memory(self.device), images_per_s=speed,
                      seconds=seconds)
         for name in ("loss", "norm"):
-            if not math.isfinite(line[name]) and scaler.get_scale() <= 1:  # 1 but in fp16
+            if not math.isfinite(line[name]) and scaler.get_scale() <= 1:  # 1 if disabled
                 raise UserError(f"{name} {line[name]} before step {step}: lower --lr, or "
                                 "--precision fp32")
         line = {name: value if math.isfinite(value) else None for name, value in line.items()}
