@@ -202,7 +202,8 @@ def test_one_of_several_configurations_is_trained_on_and_another_evaluated(tmp_p
         (run,) = map(str, tmp_path.glob("runs/*/"))
         other = ["--dataset", "me/birds", "--dataset_config", "large", "--no_baselines"]
         done = call(tmp_path, endpoint, "eval.py", run, *other)
-    assert done.returncode == 0 and "18 images to learn from, 2 to test on" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "18 images to learn from, 2 to test on" in done.stdout
 
 
 @needs_shared
