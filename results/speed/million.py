@@ -21,7 +21,7 @@ import datasets  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
-COUNTS = 50_000,
+COUNTS = 100_000, 1_000_000
 FLAGS = ("--teacher test_vit --teacher_weights teacher.safetensors --teacher_size 32 "
          "--teacher_views 2 --student test_vit2 --student_size 32 --batch_size 512 --epochs 2 "
          "--run_dir run --cache_dir cache --device cpu")
