@@ -319,30 +319,28 @@ def main(args, cfg=None):
     print(evaluator, flush=True)
     rows, baselines = [], {}
 
-    def baseline(what, name, backbone):
-        """The row of a teacher or an untrained student: one for all checkpoints that share it."""
-        if what not in baselines:
-            baselines[what] = evaluator.row(name, backbone)
-            rows.append(baselines[what])
-        return baselines[what]
+    def add(name, backbone, folder=""):
+        rows.append(evaluator.row(name, backbone, folder))
+        return rows[-1]
 
     for (saved, _), own in zip(loaded, settings, strict=True):
         student = models.build_student(own, saved["student"])
-        if args.baselines:
+        if args.baselines:  # one row for all checkpoints that share them
             teacher = load_same_teacher(saved, own)
-            best = baseline((teacher.fingerprint, own.teacher_size), f"teacher {own.teacher}",
-                            teacher)
-            fresh = models.build_student(replace(own, student_weights=""))
-            baseline((own.student, own.student_args, own.student_size, own.pool, own.seed),
-                     "student, untrained", fresh)
+            best = teacher.fingerprint, own.teacher_size
+            if best not in baselines:
+                baselines[best] = add(f"teacher {own.teacher}", teacher)
+            untrained = own.student, own.student_args, own.student_size, own.pool, own.seed
+            if untrained not in baselines:
+                fresh = models.build_student(replace(own, student_weights=""))
+                baselines[untrained] = add("student, untrained", fresh)
         run = printable(saved["path"].resolve().parent.name) if len(loaded) > 1 else "student"
-        row = evaluator.row(f"{run}, epoch {saved['epoch']:g}", student, args.save_features)
+        row = add(f"{run}, epoch {saved['epoch']:g}", student, args.save_features)
         row |= dict(checkpoint=str(saved["path"]), step=saved["step"])
         if args.baselines:
-            row |= {f"keeps_{key}": row[key] / best[key] for key in ("knn20", "linear")
-                    if best.get(key)}
+            row |= {f"keeps_{key}": row[key] / baselines[best][key] for key in ("knn20", "linear")
+                    if baselines[best].get(key)}
             row |= evaluator.compare(saved, own, student, teacher)
-        rows.append(row)
     for row in rows:
         row |= evaluator.stated() | models.environment(evaluator.device)
     write(args, loaded[0][0]["path"], rows)

@@ -264,15 +264,19 @@ class Muon(torch.optim.Optimizer):
             for p in [p for p in group["params"] if p.grad is not None]:
                 state = self.state[p]
                 p.mul_(1 - lr * group["weight_decay"])
-                mean = state.setdefault("mean", torch.zeros_like(p))
+                if "mean" not in state:
+                    state["mean"] = torch.zeros_like(p)
+                mean = state["mean"]
                 if p.ndim in (2, 4):
                     mean.lerp_(p.grad, 1 - group["momentum"])
                     ahead = p.grad.lerp(mean, group["momentum"])  # Nesterov's
                     update = orthogonal(ahead.flatten(1), self.dtype)
                     p.sub_(0.2 * lr * max(update.shape) ** 0.5 * update.view_as(p))
                 else:
-                    square = state.setdefault("square", torch.zeros_like(p))
-                    t = state["t"] = state.get("t", 0) + 1
+                    if "square" not in state:
+                        state["square"], state["t"] = torch.zeros_like(p), 0
+                    state["t"] += 1
+                    square, t = state["square"], state["t"]
                     mean.lerp_(p.grad, 1 - beta1)
                     square.lerp_(p.grad.square(), 1 - beta2)
                     deviation = (square / (1 - beta2**t)).sqrt() + 1e-8
@@ -394,7 +398,7 @@ def average_gradients(module, world):
     flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))  # in place, as CUDA graphs want them
+        gradient.copy_(mean.view_as(gradient))
 
 
 class Journal:

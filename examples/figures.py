@@ -95,11 +95,16 @@ def neighbours(path: Path, evaluator: evaluation.Evaluator, train, test) -> PIL.
     return sheet(path, "the training images that the student finds most alike", rows, names)
 
 
+def history(cfg) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
+
+
 def curve(path: Path, cfg) -> None:
     """The losses of a run's metrics.jsonl by epoch, and its quick k-NN accuracy, if it has one."""
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
+    lines = history(cfg)
     quick = [line for line in lines if "test_knn20" in line]
     figure, axes = plt.subplots(1, 2 if quick else 1, figsize=(10 if quick else 5, 3),
                                 squeeze=False, layout="constrained")
@@ -122,8 +127,7 @@ def progress(path: Path, cfg, evaluator: evaluation.Evaluator, teacher: model.Ba
     """From metrics.jsonl and the checkpoints in the run folder of cfg."""
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (cfg.run_path / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "test_knn20" in line]
+    lines = [line for line in history(cfg) if "test_knn20" in line]
     checkpoints = [cfg.run_path / f"checkpoint_epoch_{n}.pth" for n in (1, cfg.epochs)]
     students = {"untrained": model.build_student(cfg)}
     for file, name in zip(checkpoints, ("epoch 1", f"epoch {cfg.epochs}"), strict=True):
