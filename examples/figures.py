@@ -201,6 +201,6 @@ def main(checkpoint: str, folder: str = "") -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) not in (2, 3) or "--help" in sys.argv:
         sys.exit(__doc__)
     main(*sys.argv[1:])

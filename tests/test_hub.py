@@ -260,6 +260,27 @@ def hub_that_takes_uploads(folder: Path):
 
 
 @needs_shared
+def test_a_part_of_a_large_data_set_is_read_as_a_stream(tmp_path):
+    """The recipe, in another folder than its images; 40 images in place of two million."""
+    code = blocks("recipes.md", "More than fits")[0]
+    code = code.replace("owner/name", "uoft-cs/cifar10").replace('"image"', '"img"')
+    code = code.replace("2_000_000", "40")
+    (tmp_path / "here").mkdir()
+    with hub() as endpoint:
+        done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path / "here",
+                              env=environment(tmp_path, endpoint), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    downloaded = sum(file.stat().st_size for file in (tmp_path / "hf").rglob("*") if file.is_file())
+    assert downloaded < 1e6, "the data set has 140 MB"
+    part = datasets.load_dataset("parquet", data_dir=str(tmp_path / "part"), split="train")
+    first = datasets.load_dataset(str(SHARED / "cifar10"), split="train[:40]")
+    assert part["label"][:] == first["label"][:]
+    flags = "--teacher demo --epochs 1 --batch_size 20 --dataset part".split()
+    done = call(tmp_path, "http://127.0.0.1:9", "train.py", *flags, *SIZES, *SMALL[:4])
+    assert done.returncode == 0 and "40 of 40 are used" in done.stdout, done.stderr[-3000:]
+
+
+@needs_shared
 def test_a_student_is_pushed_with_a_model_card_and_loaded_from_the_hub(tmp_path):
     """With the recipe's code; the Hub that takes it is a stand-in, the client is the real one."""
     flags = "--preset demo --epochs 1 --max_samples 128 --teacher_views 1 --run_dir runs/x"
