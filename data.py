@@ -120,8 +120,10 @@ def read(parts, device, *arrays):
     def read_part(index):
         return torch.from_numpy(index), *(array[index] for array in arrays)
 
-    on_disk = any(array.resident is None for array in arrays)
-    found = read_ahead(read_part, parts, 8) if on_disk else map(read_part, parts)
+    if arrays[0].resident is None:  # they are moved together
+        found = read_ahead(read_part, parts, 8)
+    else:
+        found = map(read_part, parts)
     for index, *rows in found:
         yield index, *(to_device(some, device) for some in rows)
 
@@ -228,7 +230,7 @@ class Files:
 
     def __init__(self, folder, classes):
         self.names, self.classes = list(classes), list(classes.values())
-        self.key = [stamp(f"{folder}/{name}", name) for name in self.names]
+        self.key = [stamp(folder, name) for name in self.names]
 
     def __len__(self):
         return len(self.names)
@@ -254,11 +256,9 @@ class Table:
                             f"set --image_column; {READ}")
         (name,) = images
         self.part = part.with_format(None)
-        encoded = self.part.select_columns(name).cast_column(name, datasets.Image(decode=False))
-        self.images = encoded[name]
-        files = [Path(file["filename"]) for file in part.cache_files]
-        # The fingerprint tells which rows they are, or the content in memory.
-        self.key = [image_column, [stamp(file, file.name) for file in files], part._fingerprint]
+        self.images = self.part.cast_column(name, datasets.Image(decode=False))[name]
+        times = [stamp(*os.path.split(file["filename"])) for file in part.cache_files]
+        self.key = [image_column, times, part._fingerprint]  # which rows, or the content in memory
 
     def __len__(self):
         return len(self.part)
@@ -276,20 +276,20 @@ class Table:
         return [class_name(kinds[column], value) for value in self.part[column][:]]
 
 
-def stamp(path, name):
-    """What tells that a file has changed."""
-    file = os.stat(path)
+def stamp(folder, name):
+    """By which a file is known: when it changes, so does this."""
+    file = os.stat(f"{folder}/{name}")
     return name, file.st_size, file.st_mtime_ns
 
 
 def class_name(kind, value):
     """A cell of a label column as text, the same for a class in whatever form a split has it;
     None for NULL, NaN, -1 and empty text."""
-    if value is None or value != value or value in (-1, ""):
+    if value in (None, -1, "") or value != value:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # some tools make floats of integers that have gaps
-    if isinstance(kind, datasets.ClassLabel) and value in range(kind.num_classes):
+    with suppress(AttributeError, ValueError):  # no ClassLabel; a number without a name
         value = kind.int2str(value)
     return unicodedata.normalize("NFC", str(value))
 
@@ -317,9 +317,8 @@ def list_files(folder, skipped):
 
 
 def split_names(folders):
-    """Names of folders -> {folder: split}, or {} if they are no splits. They are if each is called
-    like one, or if there are one for training and one for tests. Words that all names have do not
-    count, as in seg_train and seg_test."""
+    """Names of folders -> {folder: split}, or {} if they are no splits. They are if two of them, or
+    all, are called like one. Words that all have do not count, as in seg_train and seg_test."""
     words = {folder: re.findall(r"[^\W\d_]+", folder.lower()) for folder in folders}
     shared = set(chain(*words.values())).intersection(*words.values())
     names = {}
@@ -327,9 +326,8 @@ def split_names(folders):
         own = [word for word in some if word not in shared]
         names[folder] = "_".join(own or some)
     found = {*names.values()}
-    if found <= {*TRAIN, *TEST} or found & {*TRAIN} and found & {*TEST}:
-        return names
-    return {}
+    known = found & {*TRAIN, *TEST}
+    return names if known == found or len(known) > 1 else {}
 
 
 def folder_splits(places):
