@@ -91,8 +91,7 @@ class Rows:
         self.files = [open(path, "rb", buffering=0) for path in paths]
         size = sum(path.stat().st_size for path in paths)
         if size != self.nbytes:
-            raise UserError(f"{paths[0]} and what is beside it have {size} bytes, not "
-                            f"{self.nbytes}: delete {paths[0].parent}")
+            raise UserError(f"{paths[0].parent}: {size} bytes, not {self.nbytes}: delete it")
 
     def __getitem__(self, index):
         if self.resident is not None:
@@ -269,11 +268,10 @@ class Table:
     def labels(self, column):
         kinds = self.part.features
         classes = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
-        known = [name for name in (*LABEL_COLUMNS, *classes) if name in kinds]
-        column = column or next(iter(known), "")
-        if not isinstance(kinds.get(column), (datasets.Value, datasets.ClassLabel)):
-            return None
-        return [class_name(kinds[column], value) for value in self.part[column][:]]
+        for name in [column] if column else [*LABEL_COLUMNS, *classes]:
+            if isinstance(kinds.get(name), (datasets.Value, datasets.ClassLabel)):
+                return [class_name(kinds[name], value) for value in self.part[name][:]]
+        return None
 
 
 def stamp(folder, name):
@@ -335,20 +333,20 @@ def folder_splits(places):
     folders of the first level or, as in cat/train, of the second; the class is the first other
     folder. Files beside split folders are in the split ""."""
     root = os.path.commonpath(places.values())
-    # One more folder in front, which is a split where there is no other.
-    paths = {name: ("train", *Path(place).relative_to(root).parts)
+    # One folder in front, a split where there is no other; "" is a folder that is not there.
+    paths = {name: ["train", *Path(place).relative_to(root).parts, "", "", ""]
              for name, place in places.items()}
-    if all(path[1:2] == path[2:3] for path in paths.values()):  # seg_train/seg_train, as unpacked
+    if all(path[1] == path[2] for path in paths.values()):  # seg_train/seg_train, as unpacked
         paths = {name: path[:1] + path[2:] for name, path in paths.items()}
     for level in (1, 2, 0):
-        known = split_names({path[level] for path in paths.values() if len(path) > level})
+        known = split_names({path[level] for path in paths.values()} - {""})
         if known:
             break
     splits = {}
     for name, path in paths.items():
-        split = known[path[level]] if len(path) > level else ""
+        split = known.get(path[level], "")
         others = path[1:level] + path[level + 1 :]
-        splits.setdefault(split, {})[name] = others[0] if others else None
+        splits.setdefault(split, {})[name] = others[0] or None
     return splits
 
 
@@ -440,14 +438,14 @@ def open_source(cfg, split):
     if isinstance(source, datasets.Dataset):
         source = Table(source, cfg.image_column)
     source.split = found[0]
-    counts = ", ".join(f"{len(part)} of {name or 'no split'}" for name, part in splits.items())
-    source.notes = f"images: {counts}"
+    counts = [f"{len(part)} of {name or 'no split'}" for name, part in splits.items()]
+    notes = f"images: {', '.join(counts)}"
     if isinstance(source, Files):
-        source.notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
+        notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
     if left_out:
         kinds = (Path(name).suffix or "without extension" for name in sorted(left_out))
-        source.notes += f"; other files, left out: {commonest(kinds)}"
-    source.notes = printable(source.notes)
+        notes += f"; other files, left out: {commonest(kinds)}"
+    source.notes = printable(notes)
     trusted = [folder or HF_HUB_CACHE, HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
     source.folders = [folder, *map(os.path.abspath, trusted), *map(os.path.realpath, trusted)]
     return source
