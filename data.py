@@ -84,7 +84,6 @@ class Rows:
 
     def __init__(self, paths, dtype, shape):
         self.paths, self.dtype, self.shape = paths, dtype, shape
-        self.row_bytes = math.prod(shape[1:])
         self.nbytes = math.prod(shape)
         self.resident = None
         self.shard = SHARD if len(paths) > 1 else shape[0]  # images are one file
@@ -100,8 +99,8 @@ class Rows:
         out = torch.empty(shape, dtype=self.dtype, pin_memory=torch.cuda.is_initialized())
         for row, place in zip(index.tolist(), out.flatten(1).numpy(), strict=True):
             number, row = divmod(row, self.shard)
-            count = os.preadv(self.files[number].fileno(), [place], row * self.row_bytes)
-            if count != self.row_bytes:
+            count = os.preadv(self.files[number].fileno(), [place], row * place.nbytes)
+            if count != place.nbytes:
                 raise UserError(f"{self.paths[number]} was cut short while it was read")
         return out
 
@@ -169,7 +168,7 @@ def render(images, size, boxes=WHOLE, flips=UNFLIPPED):
     images: uint8 [B, 3, S, S]. boxes: float [B, 4]; flips: bool [B]; or one for all images.
     Returns float32 [B, 3, size, size] in [0, 1]. Bicubic with anti-aliasing, as PIL's
     `resize(box=...)`; it is separable, so two matrix products per image do it."""
-    x, y, w, h = to_device(boxes, images.device).unbind(1)
+    x, y, w, h = to_device(boxes, images.device)[..., None, None].unbind(1)
     across = resize_matrix(x, w, size, images.shape[-1])
     down = resize_matrix(y, h, size, images.shape[-1])
     flips = to_device(flips, images.device)[:, None, None]
@@ -180,12 +179,13 @@ def render(images, size, boxes=WHOLE, flips=UNFLIPPED):
 
 
 def resize_matrix(start, length, size, stored):
-    """start, length [B] -> weights [B, size, stored] of the stored pixels (Keys 1981, a = -0.5)."""
-    steps = (torch.arange(size, device=start.device) + 0.5) / size
-    centre = (start[:, None] + length[:, None] * steps) * stored
+    """start, length [B, 1, 1] -> weights [B, size, stored] of the stored pixels (Keys 1981, a =
+    -0.5)."""
+    steps = (torch.arange(size, device=start.device)[:, None] + 0.5) / size
+    centre = (start + length * steps) * stored  # [B, size, 1]
     width = (length * stored / size).clamp(min=1)  # > 1 when shrinking: anti-aliasing
     source = torch.arange(stored, device=start.device) + 0.5
-    d = ((source - centre[..., None]).abs() / width[:, None, None]).clamp(max=2)
+    d = ((source - centre).abs() / width).clamp(max=2)
     weights = (1 - d) * torch.where(d < 1, 1 + d - 1.5 * d * d, (2 - d) ** 2 / 2)
     return weights / weights.sum(-1, keepdim=True)
 
