@@ -37,7 +37,8 @@ progress = partial(tqdm, leave=False, delay=2, disable=None)  # a bar on termina
 CHUNK = 64  # images that are decoded or embedded at once
 THREADS = min(32, os.cpu_count() or 8)  # that decode and read
 SHARD = 65_536  # rows of a file of targets
-WHOLE, UNFLIPPED = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([False])  # of `render`
+WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])  # the box of an image
+UNFLIPPED = torch.tensor([False])
 SUBSET, ORDER, VIEW, STEP, HELD_OUT = range(1, 6)  # keep uses of random numbers apart
 
 # ================================================================ I. every step
@@ -83,7 +84,9 @@ class Rows:
     is ten times slower from a cold disk (results/speed/first_version.txt)."""
 
     def __init__(self, paths, dtype, shape):
-        self.paths, self.dtype, self.shape = paths, dtype, shape
+        self.paths = paths
+        self.dtype = dtype
+        self.shape = shape
         self.nbytes = math.prod(shape)
         self.resident = None
         self.shard = SHARD if len(paths) > 1 else shape[0]  # images are one file
@@ -228,7 +231,8 @@ class Files:
     """A split of a folder of images. classes: relative name -> class or None."""
 
     def __init__(self, folder, classes):
-        self.names, self.classes = list(classes), list(classes.values())
+        self.names = list(classes)
+        self.classes = list(classes.values())
         self.key = [stamp(folder, name) for name in self.names]
 
     def __len__(self):
@@ -318,7 +322,7 @@ def split_names(folders):
     """Names of folders -> {folder: split}, or {} if they are no splits. They are if two of them, or
     all, are called like one. Words that all have do not count, as in seg_train and seg_test."""
     words = {folder: re.findall(r"[^\W\d_]+", folder.lower()) for folder in folders}
-    shared = set(chain(*words.values())).intersection(*words.values())
+    shared = set().union(*words.values()).intersection(*words.values())
     names = {}
     for folder, some in words.items():
         own = [word for word in some if word not in shared]
@@ -360,9 +364,8 @@ def open_folder(cfg):
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
         return open_saved(folder, names), images
     tables = [name for name in names if name.endswith(".parquet")]
-    if not images and not tables:
-        tables = [name for name in names if name.endswith(".tar")]  # of WebDataset
-    used = images or tables
+    tars = [name for name in names if name.endswith(".tar")]  # of WebDataset
+    used = images or tables or tars
     if images and tables:
         used = max(images, tables,
                    key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
@@ -371,11 +374,11 @@ def open_folder(cfg):
         card = Path(folder, "README.md").read_text(errors="replace")
     if "config_name:" in card or not used:
         return datasets.load_dataset(folder, cfg.dataset_config or None), []
-    if used is tables:
-        splits = open_tables(folder, tables)
-    else:
+    if used is images:
         found = folder_splits({name: os.path.dirname(name) for name in images})
         splits = {split: Files(folder, classes) for split, classes in found.items()}
+    else:
+        splits = open_tables(folder, used)
     return splits, {*names} - {*used}
 
 
@@ -480,7 +483,8 @@ def decode(cell, size, folders=("",)):
     # Colours of 16 bits: RGB;16B in PNG and TIFF, a largest value in PPM, tag 258 of TIFF planes.
     # BGR;16 of BMP has 5, 6 and 5 bits.
     deep = re.search(r"[^R];16|'RGB', \d{4}", str(image.tile))
-    if image.mode[0] in "IF" or deep or max(getattr(image, "tag_v2", {}).get(258, (8,))) > 8:
+    bits = getattr(image, "tag_v2", {}).get(258, (8,))
+    if image.mode[0] in "IF" or deep or max(bits) > 8:
         raise UserError("pixels of more than 8 bits, which would lose their contrast")
     image.draft("RGB", (size, size))  # JPEG: decode at 1/2, 1/4, 1/8 where that suffices
     with suppress(Exception):  # a broken EXIF block is no reason to lose the pixels
@@ -548,7 +552,9 @@ class Store:
 
     def __init__(self, path, source):
         info = json.loads((path / "info.json").read_text())
-        self.source, self.split, self.size = source, source.split, info["size"]
+        self.source = source
+        self.split = source.split
+        self.size = info["size"]
         self.fingerprint = info["fingerprint"]
         self.note = info["note"]  # how many images are used, and what cannot be read
         self.summary = f"{source.notes}; {self.note}"
@@ -565,7 +571,7 @@ class Store:
 
     def names(self, rows):
         """The file name, or else the row in the source, of some images."""
-        rows = self.rows[rows].tolist()
+        rows = self.rows[rows]
         cells = self.source.cells(rows)
         return [printable(cell.get("path") or row) for cell, row in zip(cells, rows, strict=True)]
 
@@ -592,7 +598,7 @@ def build_store(source, max_samples, size, path):
     images of 32 px are not stored at 224."""
     rows = subset(np.arange(len(source)), max_samples)
     sides = []
-    for cell in source.cells(subset(rows, 64).tolist()):
+    for cell in source.cells(subset(rows, 64)):
         with suppress(Exception):  # counted and reported below
             sides.append(min(open_image(cell, source.folders).size))
     size = min(size, int(np.median(sides or size)))
@@ -600,9 +606,10 @@ def build_store(source, max_samples, size, path):
     check_space(path.parent, 3 * size**2 * len(rows), "--max_samples")
     path.mkdir()
     parts = progress(chunks(rows), "decoding images")
-    cells = chain.from_iterable(source.cells(part.tolist()) for part in parts)
+    cells = chain.from_iterable(map(source.cells, parts))
     decoded = read_ahead(partial(try_decode, size=size, folders=source.folders), cells, CHUNK)
-    digest, bad = hashlib.sha256(), {}
+    digest = hashlib.sha256()
+    bad = {}  # row -> why it has no image
     with open(path / "images.u8", "wb") as file:
         for row, image in zip(rows.tolist(), decoded, strict=True):
             if isinstance(image, str):
