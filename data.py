@@ -141,8 +141,8 @@ def uniform(index, count, *key):
     index: int64 [B]. A pure function of key (integers) and image: each image takes its part of one
     SplitMix64 sequence (Steele et al. 2014), which the key starts, so nothing is drawn in order."""
     start = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    place = np.asarray(index, np.uint64)[:, None] * count + np.arange(1, count + 1, dtype=np.uint64)
-    x = start + place * 0x9E3779B97F4A7C15
+    place = np.asarray(index)[:, None] * count + np.arange(1, count + 1)
+    x = start + place.astype(np.uint64) * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     x = x ^ (x >> 31)
@@ -251,11 +251,12 @@ class Table:
     """A split of tables: a `datasets.Dataset` with an image column, which is not decoded."""
 
     def __init__(self, part, image_column):
-        images = [name for name, kind in part.features.items() if isinstance(kind, datasets.Image)]
+        kinds = part.features
+        images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
         if image_column:
-            images = [name for name in part.features if name == image_column]
+            images = [name for name in kinds if name == image_column]
         if len(images) != 1:
-            raise UserError(f"not one image column among {', '.join(part.features)}: "
+            raise UserError(f"not one image column among {', '.join(kinds)}: "
                             f"set --image_column; {READ}")
         (name,) = images
         self.part = part.with_format(None)
@@ -358,7 +359,7 @@ def open_folder(cfg):
     """A local folder -> split -> `Files` or `datasets.Dataset`, and the names of files that are
     left out. Of images and parquet files it holds what takes more of the disk; else tar shards."""
     folder = os.path.abspath(cfg.dataset)
-    skipped = {os.path.realpath(path) for path in (cfg.cache_dir, cfg.run_path)}
+    skipped = {os.path.realpath(cfg.cache_dir), os.path.realpath(cfg.run_path)}
     names = list(list_files(folder, skipped))
     images = [name for name in names if is_image(name)]
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
