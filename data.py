@@ -102,9 +102,10 @@ class Rows:
         out = torch.empty(shape, dtype=self.dtype, pin_memory=torch.cuda.is_initialized())
         for row, place in zip(index.tolist(), out.flatten(1).numpy(), strict=True):
             number, row = divmod(row, self.shard)
-            count = os.preadv(self.files[number].fileno(), [place], row * place.nbytes)
+            file = self.files[number]
+            count = os.preadv(file.fileno(), [place], row * place.nbytes)
             if count != place.nbytes:
-                raise UserError(f"{self.paths[number]} was cut short while it was read")
+                raise UserError(f"{file.name} was cut short while it was read")
         return out
 
     def move(self, device):
@@ -330,7 +331,9 @@ def split_names(folders):
         names[folder] = "_".join(own or some)
     found = {*names.values()}
     known = found & {*TRAIN, *TEST}
-    return names if known == found or len(known) > 1 else {}
+    if known == found or len(known) > 1:
+        return names
+    return {}
 
 
 def folder_splits(places):
@@ -376,8 +379,9 @@ def open_folder(cfg):
     if "config_name:" in card or not used:
         return datasets.load_dataset(folder, cfg.dataset_config or None), []
     if used is images:
-        found = folder_splits({name: os.path.dirname(name) for name in images})
-        splits = {split: Files(folder, classes) for split, classes in found.items()}
+        places = {name: os.path.dirname(name) for name in images}
+        splits = {split: Files(folder, classes)
+                  for split, classes in folder_splits(places).items()}
     else:
         splits = open_tables(folder, used)
     return splits, {*names} - {*used}
@@ -451,7 +455,9 @@ def open_source(cfg, split):
         notes += f"; other files, left out: {commonest(kinds)}"
     source.notes = printable(notes)
     trusted = [folder or HF_HUB_CACHE, HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
-    source.folders = [folder, *map(os.path.abspath, trusted), *map(os.path.realpath, trusted)]
+    source.folders = [folder]
+    source.folders += map(os.path.abspath, trusted)
+    source.folders += map(os.path.realpath, trusted)
     return source
 
 
@@ -459,7 +465,9 @@ def commonest(names):
     """'3 cat, 2 dog': what there is most of, and of how many others."""
     counts = Counter(names)
     text = ", ".join(f"{count} {name}" for name, count in counts.most_common(6))
-    return f"{text} and {len(counts) - 6} others" if len(counts) > 6 else text
+    if len(counts) > 6:
+        text += f" and {len(counts) - 6} others"
+    return text
 
 
 def open_image(cell, folders):
@@ -560,7 +568,8 @@ class Store:
         self.note = info["note"]  # how many images are used, and what cannot be read
         self.summary = f"{source.notes}; {self.note}"
         self.rows = np.fromfile(path / "rows.i64", np.int64)  # of the images in their source
-        self.images = Rows([path / "images.u8"], torch.uint8, (len(self), 3, self.size, self.size))
+        shape = len(self), 3, self.size, self.size
+        self.images = Rows([path / "images.u8"], torch.uint8, shape)
 
     def __len__(self):
         return len(self.rows)
@@ -586,7 +595,8 @@ def open_store(cfg, split, max_samples=0):
     size = cfg.stored_size or max(cfg.teacher_size, cfg.student_size)
     key = json.dumps([STORE_FORMAT, size, max_samples, source.split, source.key])
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    path = Path(cfg.cache_dir, "stores", f"{slug(cfg.dataset)}-{slug(source.split)}-{digest}")
+    name = f"{slug(cfg.dataset)}-{slug(source.split)}-{digest}"
+    path = Path(cfg.cache_dir, "stores", name)
     make_once(path, partial(build_store, source, max_samples, size))
     try:
         return Store(path, source)
