@@ -7,7 +7,6 @@ and reads their labels for the evaluation.
 Orders and crops follow from (seed, epoch or view, image) alone, whatever the batches or processes.
 Axes: I images, B batch, T tokens, D width, S pixels of a stored image."""
 
-import errno
 import glob
 import hashlib
 import json
@@ -18,7 +17,7 @@ import shutil
 import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from io import BytesIO
 from itertools import chain
@@ -38,6 +37,8 @@ progress = partial(tqdm, leave=False, delay=2, disable=None)  # a bar on termina
 CHUNK = 64  # images that are decoded or embedded at once
 THREADS = min(32, os.cpu_count() or 8)  # that decode and read
 SHARD = 65_536  # rows of a file of targets
+WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])  # the box of an image
+UNFLIPPED = torch.tensor([False])
 SUBSET, ORDER, VIEW, STEP, HELD_OUT = range(1, 6)  # keep uses of random numbers apart
 
 # ================================================================ I. every step
@@ -83,16 +84,16 @@ class Rows:
     is ten times slower from a cold disk (results/speed/first_version.txt)."""
 
     def __init__(self, paths, dtype, shape):
-        self.paths, self.dtype, self.shape = paths, dtype, shape
-        self.row_bytes = math.prod(shape[1:])
+        self.paths = paths
+        self.dtype = dtype
+        self.shape = shape
         self.nbytes = math.prod(shape)
         self.resident = None
         self.shard = SHARD if len(paths) > 1 else shape[0]  # images are one file
         self.files = [open(path, "rb", buffering=0) for path in paths]
-        for path, part in zip(paths, chunks(np.arange(shape[0]), self.shard), strict=True):
-            size, expected = path.stat().st_size, len(part) * self.row_bytes
-            if size != expected:
-                raise UserError(f"{path} has {size} bytes, not {expected}: delete {path.parent}")
+        size = sum(path.stat().st_size for path in paths)
+        if size != self.nbytes:
+            raise UserError(f"{paths[0].parent}: {size} bytes, not {self.nbytes}: delete it")
 
     def __getitem__(self, index):
         if self.resident is not None:
@@ -101,9 +102,10 @@ class Rows:
         out = torch.empty(shape, dtype=self.dtype, pin_memory=torch.cuda.is_initialized())
         for row, place in zip(index.tolist(), out.flatten(1).numpy(), strict=True):
             number, row = divmod(row, self.shard)
-            count = os.preadv(self.files[number].fileno(), [place], row * self.row_bytes)
-            if count != self.row_bytes:
-                raise UserError(f"{self.paths[number]} was cut short while it was read")
+            file = self.files[number]
+            count = os.preadv(file.fileno(), [place], row * place.nbytes)
+            if count != place.nbytes:
+                raise UserError(f"{file.name} was cut short while it was read")
         return out
 
     def move(self, device):
@@ -120,8 +122,10 @@ def read(parts, device, *arrays):
     def read_part(index):
         return torch.from_numpy(index), *(array[index] for array in arrays)
 
-    on_disk = any(array.resident is None for array in arrays)
-    found = read_ahead(read_part, parts, 8) if on_disk else map(read_part, parts)
+    if arrays[0].resident is None:  # they are moved together
+        found = read_ahead(read_part, parts, 8)
+    else:
+        found = map(read_part, parts)
     for index, *rows in found:
         yield index, *(to_device(some, device) for some in rows)
 
@@ -138,8 +142,8 @@ def uniform(index, count, *key):
     index: int64 [B]. A pure function of key (integers) and image: each image takes its part of one
     SplitMix64 sequence (Steele et al. 2014), which the key starts, so nothing is drawn in order."""
     start = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    place = np.asarray(index, np.uint64)[:, None] * count + np.arange(1, count + 1, dtype=np.uint64)
-    x = start + place * 0x9E3779B97F4A7C15
+    place = np.asarray(index)[:, None] * count + np.arange(1, count + 1)
+    x = start + place.astype(np.uint64) * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     x = x ^ (x >> 31)
@@ -162,32 +166,30 @@ def view_crops(index, seed, view, crop_scale):
     return boxes, side < 0.5
 
 
-def render(images, size, boxes=None, flips=None):
+def render(images, size, boxes=WHOLE, flips=UNFLIPPED):
     """Cut boxes out of stored images and resize them.
 
-    images: uint8 [B, 3, S, S]. boxes: float [B, 4], None for whole images. flips: bool [B].
+    images: uint8 [B, 3, S, S]. boxes: float [B, 4]; flips: bool [B]; or one for all images.
     Returns float32 [B, 3, size, size] in [0, 1]. Bicubic with anti-aliasing, as PIL's
     `resize(box=...)`; it is separable, so two matrix products per image do it."""
-    if boxes is None:
-        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    x, y, w, h = to_device(boxes, images.device).unbind(1)
+    x, y, w, h = to_device(boxes, images.device)[..., None, None].unbind(1)
     across = resize_matrix(x, w, size, images.shape[-1])
     down = resize_matrix(y, h, size, images.shape[-1])
-    if flips is not None:
-        flips = to_device(flips, images.device)[:, None, None]
-        across = torch.where(flips, across.flip(1), across)
+    flips = to_device(flips, images.device)[:, None, None]
+    across = torch.where(flips, across.flip(1), across)
     with torch.autocast(images.device.type, enabled=False):
         pixels = images.float() / 255
         return torch.einsum("biy, bcyx, bjx -> bcij", down, pixels, across).clamp_(0, 1)
 
 
 def resize_matrix(start, length, size, stored):
-    """start, length [B] -> weights [B, size, stored] of the stored pixels (Keys 1981, a = -0.5)."""
-    steps = (torch.arange(size, device=start.device) + 0.5) / size
-    centre = (start[:, None] + length[:, None] * steps) * stored
+    """start, length [B, 1, 1] -> weights [B, size, stored] of the stored pixels (Keys 1981, a =
+    -0.5)."""
+    steps = (torch.arange(size, device=start.device)[:, None] + 0.5) / size
+    centre = (start + length * steps) * stored  # [B, size, 1]
     width = (length * stored / size).clamp(min=1)  # > 1 when shrinking: anti-aliasing
     source = torch.arange(stored, device=start.device) + 0.5
-    d = ((source - centre[..., None]).abs() / width[:, None, None]).clamp(max=2)
+    d = ((source - centre).abs() / width).clamp(max=2)
     weights = (1 - d) * torch.where(d < 1, 1 + d - 1.5 * d * d, (2 - d) ** 2 / 2)
     return weights / weights.sum(-1, keepdim=True)
 
@@ -215,7 +217,6 @@ READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet fi
         "data")
 TRAIN = "train", "training"  # what a split may be called: the first one that is there
 TEST = "test", "testing", "validation", "valid", "val", "dev"
-NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
 
 
 class NoSplit(UserError):
@@ -231,10 +232,9 @@ class Files:
     """A split of a folder of images. classes: relative name -> class or None."""
 
     def __init__(self, folder, classes):
-        self.names, self.classes = list(classes), list(classes.values())
-        files = [os.stat(f"{folder}/{name}") for name in self.names]
-        self.key = [(name, file.st_size, file.st_mtime_ns)
-                    for name, file in zip(self.names, files, strict=True)]
+        self.names = list(classes)
+        self.classes = list(classes.values())
+        self.key = [stamp(folder, name) for name in self.names]
 
     def __len__(self):
         return len(self.names)
@@ -252,43 +252,48 @@ class Table:
     """A split of tables: a `datasets.Dataset` with an image column, which is not decoded."""
 
     def __init__(self, part, image_column):
-        images = [name for name, kind in part.features.items() if isinstance(kind, datasets.Image)]
-        images = [image_column] if image_column else images
-        if len(images) != 1 or images[0] not in part.features:
-            raise UserError(f"not one image column among {', '.join(part.features)}: "
+        kinds = part.features
+        images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
+        if image_column:
+            images = [name for name in kinds if name == image_column]
+        if len(images) != 1:
+            raise UserError(f"not one image column among {', '.join(kinds)}: "
                             f"set --image_column; {READ}")
-        self.part = part
-        self.images = part.select_columns(images).rename_columns({images[0]: "image"})
-        self.images = self.images.cast_column("image", datasets.Image(decode=False))
-        files = [Path(file["filename"]) for file in part.cache_files]
-        times = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        (name,) = images
+        self.part = part.with_format(None)
+        self.images = self.part.cast_column(name, datasets.Image(decode=False))[name]
+        times = [stamp(*os.path.split(file["filename"])) for file in part.cache_files]
         self.key = [image_column, times, part._fingerprint]  # which rows, or the content in memory
 
     def __len__(self):
-        return len(self.images)
+        return len(self.part)
 
     def cells(self, rows):
-        return self.images[rows]["image"]
+        return [cell or {} for cell in self.images[rows]]
 
     def labels(self, column):
         kinds = self.part.features
-        known = [name for name in LABEL_COLUMNS if name in kinds]
-        known += [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
-        column = column or (known or [""])[0]
-        if not isinstance(kinds.get(column), (datasets.Value, datasets.ClassLabel)):
-            return None
-        values = self.part.select_columns(column).with_format("arrow")[:][column]
-        return [class_name(kinds[column], value) for value in values.to_pylist()]
+        classes = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+        for name in [column] if column else [*LABEL_COLUMNS, *classes]:
+            if isinstance(kinds.get(name), (datasets.Value, datasets.ClassLabel)):
+                return [class_name(kinds[name], value) for value in self.part[name][:]]
+        return None
+
+
+def stamp(folder, name):
+    """By which a file is known: when it changes, so does this."""
+    file = os.stat(f"{folder}/{name}")
+    return name, file.st_size, file.st_mtime_ns
 
 
 def class_name(kind, value):
     """A cell of a label column as text, the same for a class in whatever form a split has it;
     None for NULL, NaN, -1 and empty text."""
-    if value is None or value != value or value in (-1, ""):
+    if value in (None, -1, "") or value != value:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # some tools make floats of integers that have gaps
-    if isinstance(kind, datasets.ClassLabel) and value in range(kind.num_classes):
+    with suppress(AttributeError, ValueError):  # no ClassLabel; a number without a name
         value = kind.int2str(value)
     return unicodedata.normalize("NFC", str(value))
 
@@ -298,61 +303,58 @@ def is_image(name):
     return kind in FORMATS and "@eaDir" not in name  # thumbnails of a Synology disk
 
 
-def list_files(folder, skipped=()):
+def list_files(folder, skipped):
     """Yield the relative names of all files below a folder, in order. Links are followed, but not
     in a circle; what begins with a dot is left out, and so are the folders of `skipped`."""
     real = os.path.realpath(folder)
     if real in skipped:
         return
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
+    for name in sorted(os.listdir(folder)):
+        path = f"{folder}/{name}"
+        if name.startswith("."):
             continue
-        if os.path.isfile(entry.path):
-            yield entry.name
-        elif os.path.isdir(entry.path):
-            for name in list_files(entry.path, {*skipped, real}):
-                yield f"{entry.name}/{name}"
+        if os.path.isfile(path):
+            yield name
+        elif os.path.isdir(path):
+            for inner in list_files(path, {*skipped, real}):
+                yield f"{name}/{inner}"
 
 
 def split_names(folders):
-    """Names of folders -> {folder: split}, or {} if they are no splits. They are if each is called
-    like one, or if there are one for training and one for tests. Words that all names have do not
-    count, as in seg_train and seg_test."""
+    """Names of folders -> {folder: split}, or {} if they are no splits. They are if two of them, or
+    all, are called like one. Words that all have do not count, as in seg_train and seg_test."""
     words = {folder: re.findall(r"[^\W\d_]+", folder.lower()) for folder in folders}
-    shared = set.intersection(*map(set, words.values())) if words else set()
-    for ignored in (set(), shared):
-        names = {folder: "_".join(word for word in some if word not in ignored)
-                 for folder, some in words.items()}
-        found = {*names.values()}
-        if found and found <= {*TRAIN, *TEST} or found & {*TRAIN} and found & {*TEST}:
-            return names
+    shared = set().union(*words.values()).intersection(*words.values())
+    names = {}
+    for folder, some in words.items():
+        own = [word for word in some if word not in shared]
+        names[folder] = "_".join(own or some)
+    found = {*names.values()}
+    known = found & {*TRAIN, *TEST}
+    if known == found or len(known) > 1:
+        return names
     return {}
 
 
-def folder_splits(names):
-    """Relative names of files, as train/cat/1.jpg -> split -> name -> class or None. Splits are
-    the folders of the first level or, as in cat/train/1.jpg, of the second; the class is the first
-    other folder. Files beside split folders are in the split ""."""
-    root = os.path.commonpath([os.path.dirname(name) for name in names])
-    folders = {name: Path(name).relative_to(root).parts[:-1] for name in names}
-    # Level 0 is train/cat/1.jpg, level 1 is cat/train/1.jpg; without splits `known` stays empty.
-    for level in (0, 1):
-        known = split_names({path[level] for path in folders.values() if len(path) > level})
+def folder_splits(places):
+    """File -> its folder, such as train/cat -> split -> file -> class or None. Splits are the
+    folders of the first level or, as in cat/train, of the second; the class is the first other
+    folder. Files beside split folders are in the split ""."""
+    root = os.path.commonpath(places.values())
+    # One folder in front, a split where there is no other; "" is a folder that is not there.
+    paths = {name: ["train", *Path(place).relative_to(root).parts, "", "", ""]
+             for name, place in places.items()}
+    if all(path[1] == path[2] for path in paths.values()):  # seg_train/seg_train, as unpacked
+        paths = {name: path[:1] + path[2:] for name, path in paths.items()}
+    for level in (1, 2, 0):
+        known = split_names({path[level] for path in paths.values()} - {""})
         if known:
             break
-    below = {}  # split folder -> the folders in it
-    for path in folders.values():
-        below.setdefault(path[level : level + 1], set()).update(path[level + 1 : level + 2])
     splits = {}
-    for name, path in folders.items():
-        split = "train"
-        if known:
-            here = path[level : level + 1]
-            split = known[path[level]] if here else ""
-            # train/train/cat/1.jpg, as archives unpack, where train holds nothing but train.
-            levels = 2 if below[here] == {*here} else 1
-            path = path[:level] + path[level + levels :]
-        splits.setdefault(split, {})[name] = path[0] if path else None
+    for name, path in paths.items():
+        split = known.get(path[level], "")
+        others = path[1:level] + path[level + 1 :]
+        splits.setdefault(split, {})[name] = others[0] or None
     return splits
 
 
@@ -360,32 +362,42 @@ def open_folder(cfg):
     """A local folder -> split -> `Files` or `datasets.Dataset`, and the names of files that are
     left out. Of images and parquet files it holds what takes more of the disk; else tar shards."""
     folder = os.path.abspath(cfg.dataset)
-    skipped = {os.path.realpath(path) for path in (cfg.cache_dir, cfg.run_path)}
+    skipped = {os.path.realpath(cfg.cache_dir), os.path.realpath(cfg.run_path)}
     names = list(list_files(folder, skipped))
     images = [name for name in names if is_image(name)]
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
         return open_saved(folder, names), images
     tables = [name for name in names if name.endswith(".parquet")]
-    if not images and not tables:
-        tables = [name for name in names if name.endswith(".tar")]  # of WebDataset
-    used = images or tables
+    tars = [name for name in names if name.endswith(".tar")]  # of WebDataset
+    used = images or tables or tars
     if images and tables:
         used = max(images, tables,
-                   key=lambda some: sum(os.stat(f"{folder}/{name}").st_size for name in some))
-    readme = Path(folder, "README.md").read_text(errors="replace") if "README.md" in names else ""
-    if "config_name:" in readme or not used:
+                   key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
+    card = ""
+    if "README.md" in names:
+        card = Path(folder, "README.md").read_text(errors="replace")
+    if "config_name:" in card or not used:
         return datasets.load_dataset(folder, cfg.dataset_config or None), []
     if used is images:
-        splits = {split: Files(folder, some) for split, some in folder_splits(images).items()}
-    else:  # not left to `datasets`, which takes train_station.parquet for a split
-        # train-0-of-2.parquet is taken for a file in a folder `train`: train/train-0-of-2.parquet.
-        stems = {re.sub(r"([-_]\d+)?(-of-\d+)?\.\w+$", f"/{name}", name): name for name in tables}
-        files = {split: [glob.escape(f"{folder}/{stems[stem]}") for stem in some]
-                 for split, some in folder_splits(list(stems)).items()}
-        kind = "webdataset" if tables[0].endswith(".tar") else "parquet"
-        splits = {split: datasets.load_dataset(kind, data_files=some, split="train")
-                  for split, some in files.items()}  # apart: their columns and classes may differ
+        places = {name: os.path.dirname(name) for name in images}
+        splits = {split: Files(folder, classes)
+                  for split, classes in folder_splits(places).items()}
+    else:
+        splits = open_tables(folder, used)
     return splits, {*names} - {*used}
+
+
+def open_tables(folder, names):
+    """Parquet files or tar shards -> split -> `datasets.Dataset`. `datasets` is not asked for the
+    splits: it takes train_station.parquet for one. Each has columns and classes of its own."""
+    kind = "webdataset" if names[0].endswith(".tar") else "parquet"
+    # train-0-of-2.parquet is taken for a file in a folder `train`.
+    places = {name: re.sub(r"([-_]\d+)?(-of-\d+)?\.\w+$", "", name) for name in names}
+    splits = {}
+    for split, some in folder_splits(places).items():
+        files = [glob.escape(f"{folder}/{name}") for name in some]
+        splits[split] = datasets.load_dataset(kind, data_files=files, split="train")
+    return splits
 
 
 def open_saved(folder, names):
@@ -404,22 +416,20 @@ def open_splits(cfg):
     """A data set -> split -> `datasets.Dataset` or `Files`, the files that are left out, and its
     folder or "". A named one may be a function that returns split -> `datasets.Dataset`, or -> an
     object with the methods of `Table` (demo/shapes.py). Raises UserError: not found, no network."""
-    named = DATASETS.get(cfg.dataset)
+    named = DATASETS.get(cfg.dataset, cfg.dataset)
     try:
         if callable(named):
             return named(), [], "/"  # the user's own code may name any file
-        if not named and Path(cfg.dataset).is_dir():
+        if Path(cfg.dataset).is_dir():
             return *open_folder(cfg), cfg.dataset
-        name, _, revision = (named or cfg.dataset).partition("@")
-        splits = from_hub(f"the dataset {name}", f"--dataset FOLDER ({name} is none)",
-                          datasets.load_dataset, name, cfg.dataset_config or None,
-                          revision=revision or None)
-        return splits, [], ""
-    except UserError:
-        raise
     except Exception as error:  # `datasets` and what it stands on raise what they like
         raise UserError(
             f"cannot read the dataset {cfg.dataset}: {reason(error)}; {READ}") from error
+    name, _, revision = named.partition("@")
+    splits = from_hub(f"the dataset {name}", f"--dataset FOLDER ({name} is none)",
+                      datasets.load_dataset, name, cfg.dataset_config or None,
+                      revision=revision or None)
+    return splits, [], ""
 
 
 def open_source(cfg, split):
@@ -428,26 +438,26 @@ def open_source(cfg, split):
     program runs; the others are where alone they may lead.
     Raises UserError as `open_splits`; no such split; no or several image columns."""
     splits, left_out, folder = open_splits(cfg)
-    words = next((words for words in (TRAIN, TEST) if split == words[0]), [split])
-    found = [word for word in words if word in splits]
+    names = dict(train=TRAIN, test=TEST).get(split, [split])
+    found = [name for name in names if name in splits]
     if not found:
         raise NoSplit(f"{cfg.dataset} has no split {split!r}, only {', '.join(splits)}")
     source = splits[found[0]]
     if isinstance(source, datasets.Dataset):
         source = Table(source, cfg.image_column)
     source.split = found[0]
-    counts = ", ".join(f"{len(part)} of {name or 'no split'}" for name, part in splits.items())
-    source.notes = f"images: {counts}"
+    counts = [f"{len(part)} of {name or 'no split'}" for name, part in splits.items()]
+    notes = f"images: {', '.join(counts)}"
     if isinstance(source, Files):
-        source.notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
+        notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
     if left_out:
         kinds = (Path(name).suffix or "without extension" for name in sorted(left_out))
-        source.notes += f"; other files, left out: {commonest(kinds)}"
-    source.notes = printable(source.notes)
-    trusted = [HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE)]
-    if folder:
-        trusted.append(folder)
-    source.folders = [folder, *map(os.path.abspath, trusted), *map(os.path.realpath, trusted)]
+        notes += f"; other files, left out: {commonest(kinds)}"
+    source.notes = printable(notes)
+    trusted = [folder or HF_HUB_CACHE, HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
+    source.folders = [folder]
+    source.folders += map(os.path.abspath, trusted)
+    source.folders += map(os.path.realpath, trusted)
     return source
 
 
@@ -455,13 +465,14 @@ def commonest(names):
     """'3 cat, 2 dog': what there is most of, and of how many others."""
     counts = Counter(names)
     text = ", ".join(f"{count} {name}" for name, count in counts.most_common(6))
-    return f"{text} and {len(counts) - 6} others" if len(counts) > 6 else text
+    if len(counts) > 6:
+        text += f" and {len(counts) - 6} others"
+    return text
 
 
 def open_image(cell, folders):
-    """A cell of a source, {"bytes", "path"} or None, as a PIL image that is not decoded yet.
+    """A cell of a source, a dict of "bytes" or "path", as a PIL image that is not decoded yet.
     folders: of the source. A stranger's data may name any file, so a path has to lead there."""
-    cell = cell or {}
     if cell.get("bytes") is not None:  # then the path is only a name
         return Image.open(BytesIO(cell["bytes"]), formats=FORMATS)
     if not cell.get("path"):
@@ -481,13 +492,14 @@ def decode(cell, size, folders=("",)):
     # Colours of 16 bits: RGB;16B in PNG and TIFF, a largest value in PPM, tag 258 of TIFF planes.
     # BGR;16 of BMP has 5, 6 and 5 bits.
     deep = re.search(r"[^R];16|'RGB', \d{4}", str(image.tile))
-    if image.mode[0] in "IF" or deep or max(getattr(image, "tag_v2", {}).get(258, (8,))) > 8:
+    bits = getattr(image, "tag_v2", {}).get(258, (8,))
+    if image.mode[0] in "IF" or deep or max(bits) > 8:
         raise UserError("pixels of more than 8 bits, which would lose their contrast")
     image.draft("RGB", (size, size))  # JPEG: decode at 1/2, 1/4, 1/8 where that suffices
     with suppress(Exception):  # a broken EXIF block is no reason to lose the pixels
         ImageOps.exif_transpose(image, in_place=True)
     image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return np.asarray(image).transpose(2, 0, 1).copy()
 
 
 def try_decode(cell, size, folders):
@@ -497,32 +509,33 @@ def try_decode(cell, size, folders):
         return decode(cell, size, folders)
     except Exception as error:  # PIL raises nearly anything on hostile bytes
         why = re.sub(r":? (<_io|'/).*", "", reason(error))  # PIL appends an address or the path
-        text = f"{printable((cell or {}).get('path'))}: {why}"
+        text = f"{printable(cell.get('path'))}: {why}"
         number = getattr(error, "errno", None)
-        lasting = number in NOT_THERE and "bytes" in cell  # of a table; a listed file was there
+        # A table may name files that never were; a file of a folder was there.
+        lasting = isinstance(error, FileNotFoundError) and "bytes" in cell
         if isinstance(error, MemoryError) or number and not lasting:
             raise UserError(f"cannot read {text}; nothing was left out, try again") from error
         return text
 
 
-@contextmanager
+class Busy(UserError):
+    """Another process holds a lock."""
+
+
 def locked(path, wait=True):
-    """Hold the lock `path` -> whether it is held; if another process has it, wait, and say so, or
-    do without. A disk that knows no locks does without, too."""
-    lock, held = FileLock(path), True
+    """Hold the lock `path`, as a context. If another process has it, wait, and say so, or raise
+    Busy. A disk that knows no locks does without."""
+    lock = FileLock(path)
     try:
-        lock.acquire(timeout=5 if wait else 0)
-    except Timeout:
-        held = wait
-        if wait:
-            log.info(f"waiting for {path}, which another process holds")
-            lock.acquire()
+        return lock.acquire(timeout=5 if wait else 0)
+    except Timeout as error:
+        if not wait:
+            raise Busy(f"another process holds {path}") from error
+        log.info(f"waiting for {path}, which another process holds")
+        return lock.acquire()
     except (NotImplementedError, OSError) as error:
         log.warning(f"{path}: no lock ({reason(error)}): run one process at a time")
-    try:
-        yield held
-    finally:
-        lock.release()
+        return nullcontext()
 
 
 def make_once(path, make, wait=True):
@@ -531,8 +544,8 @@ def make_once(path, make, wait=True):
     if path.exists():  # without a lock, as the disk may be read-only
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(f"{path}.lock", wait) as held:
-        if held and not path.exists():
+    with suppress(Busy), locked(f"{path}.lock", wait):
+        if not path.exists():
             write_atomically(path, make)
 
 
@@ -548,12 +561,15 @@ class Store:
 
     def __init__(self, path, source):
         info = json.loads((path / "info.json").read_text())
-        self.source, self.split, self.size = source, source.split, info["size"]
+        self.source = source
+        self.split = source.split
+        self.size = info["size"]
         self.fingerprint = info["fingerprint"]
         self.note = info["note"]  # how many images are used, and what cannot be read
         self.summary = f"{source.notes}; {self.note}"
         self.rows = np.fromfile(path / "rows.i64", np.int64)  # of the images in their source
-        self.images = Rows([path / "images.u8"], torch.uint8, (len(self), 3, self.size, self.size))
+        shape = len(self), 3, self.size, self.size
+        self.images = Rows([path / "images.u8"], torch.uint8, shape)
 
     def __len__(self):
         return len(self.rows)
@@ -565,9 +581,9 @@ class Store:
 
     def names(self, rows):
         """The file name, or else the row in the source, of some images."""
-        rows = self.rows[rows].tolist()
-        paths = [(cell or {}).get("path") for cell in self.source.cells(rows)]
-        return [printable(path or row) for path, row in zip(paths, rows, strict=True)]
+        rows = self.rows[rows]
+        cells = self.source.cells(rows)
+        return [printable(cell.get("path") or row) for cell, row in zip(cells, rows, strict=True)]
 
 
 def open_store(cfg, split, max_samples=0):
@@ -579,7 +595,8 @@ def open_store(cfg, split, max_samples=0):
     size = cfg.stored_size or max(cfg.teacher_size, cfg.student_size)
     key = json.dumps([STORE_FORMAT, size, max_samples, source.split, source.key])
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    path = Path(cfg.cache_dir, "stores", f"{slug(cfg.dataset)}-{slug(source.split)}-{digest}")
+    name = f"{slug(cfg.dataset)}-{slug(source.split)}-{digest}"
+    path = Path(cfg.cache_dir, "stores", name)
     make_once(path, partial(build_store, source, max_samples, size))
     try:
         return Store(path, source)
@@ -592,7 +609,7 @@ def build_store(source, max_samples, size, path):
     images of 32 px are not stored at 224."""
     rows = subset(np.arange(len(source)), max_samples)
     sides = []
-    for cell in source.cells(subset(rows, 64).tolist()):
+    for cell in source.cells(subset(rows, 64)):
         with suppress(Exception):  # counted and reported below
             sides.append(min(open_image(cell, source.folders).size))
     size = min(size, int(np.median(sides or size)))
@@ -600,26 +617,26 @@ def build_store(source, max_samples, size, path):
     check_space(path.parent, 3 * size**2 * len(rows), "--max_samples")
     path.mkdir()
     parts = progress(chunks(rows), "decoding images")
-    cells = chain.from_iterable(source.cells(part.tolist()) for part in parts)
+    cells = chain.from_iterable(map(source.cells, parts))
     decoded = read_ahead(partial(try_decode, size=size, folders=source.folders), cells, CHUNK)
-    digest, kept, bad = hashlib.sha256(), [], []
+    digest = hashlib.sha256()
+    bad = {}  # row -> why it has no image
     with open(path / "images.u8", "wb") as file:
         for row, image in zip(rows.tolist(), decoded, strict=True):
             if isinstance(image, str):
-                bad.append((row, image))
+                bad[row] = image
             else:
-                kept.append(row)
                 digest.update(image)
                 file.write(image)
         os.fsync(file.fileno())
-    if not kept:
-        raise UserError(f"no image of {source.split} can be read {[text for _, text in bad[:1]]}; "
-                        f"{READ}")
-    np.array(kept).tofile(path / "rows.i64")
+    kept = np.setdiff1d(rows, list(bad))
+    kept.tofile(path / "rows.i64")
     note = f"{len(kept)} of {len(source)} are used"
     if bad:
-        examples = ", ".join(text for _, text in bad[:3])
+        examples = ", ".join(list(bad.values())[:3])
         note += f", {len(bad)} images cannot be read, such as {examples}"
-    info = dict(split=source.split, size=size, fingerprint=f"{digest.hexdigest()[:12]}-{size}",
-                note=note, unreadable=bad[:1000])
+    if not len(kept):
+        raise UserError(f"no image of {source.split} can be read ({note}); {READ}")
+    info = dict(size=size, fingerprint=f"{digest.hexdigest()[:12]}-{size}", note=note,
+                unreadable=list(bad.items())[:1000])
     (path / "info.json").write_text(json.dumps(info))

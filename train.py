@@ -552,9 +552,7 @@ def processes(cfg):
         dist.init_process_group(BACKENDS[device.type])
     path = cfg.run_path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with data.locked(f"{path}.lock", wait=False) if rank == 0 else nullcontext(True) as held:
-        if not held:
-            raise UserError(f"another process holds {path}.lock")
+    with data.locked(f"{path}.lock", wait=False) if rank == 0 else nullcontext():
         try:
             yield rank, world, device
         except RuntimeError as error:

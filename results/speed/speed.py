@@ -173,13 +173,13 @@ def filling(cfg: Config, folder: Path) -> float:
     shutil.rmtree(folder / "cache" / "targets", ignore_errors=True)
     make_once, seconds = data.make_once, {}
 
-    def timed(path, make):
+    def timed(path, make, wait=True):
         def make_timed(temporary):
             begin = time.perf_counter()
             make(temporary)
             seconds[path.name] = time.perf_counter() - begin
 
-        make_once(path, make_timed)
+        make_once(path, make_timed, wait)
 
     with mock.patch.object(data, "make_once", timed):
         run(dataclasses.replace(cfg, teacher_views=2, epochs=2))
