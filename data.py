@@ -7,6 +7,7 @@ and reads their labels for the evaluation.
 Orders and crops follow from (seed, epoch or view, image) alone, whatever the batches or processes.
 Axes: I images, B batch, T tokens, D width, S pixels of a stored image."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -217,6 +218,7 @@ READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet fi
         "data")
 TRAIN = "train", "training"  # what a split may be called: the first one that is there
 TEST = "test", "testing", "validation", "valid", "val", "dev"
+NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
 
 
 class NoSplit(UserError):
@@ -295,7 +297,7 @@ def class_name(kind, value):
         value = int(value)  # some tools make floats of integers that have gaps
     with suppress(AttributeError, ValueError):  # no ClassLabel; a number without a name
         value = kind.int2str(value)
-    return unicodedata.normalize("NFC", str(value))
+    return str(value)
 
 
 def is_image(name):
@@ -360,7 +362,7 @@ def folder_splits(places):
 
 def open_folder(cfg):
     """A local folder -> split -> `Files` or `datasets.Dataset`, and the names of files that are
-    left out. Of images and parquet files it holds what takes more of the disk; else tar shards."""
+    left out. Of images, parquet files and tar shards it holds what takes most of the disk."""
     folder = os.path.abspath(cfg.dataset)
     skipped = {os.path.realpath(cfg.cache_dir), os.path.realpath(cfg.run_path)}
     names = list(list_files(folder, skipped))
@@ -369,10 +371,9 @@ def open_folder(cfg):
         return open_saved(folder, names), images
     tables = [name for name in names if name.endswith(".parquet")]
     tars = [name for name in names if name.endswith(".tar")]  # of WebDataset
-    used = images or tables or tars
-    if images and tables:
-        used = max(images, tables,
-                   key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
+    # img2dataset's parquet files beside its tars hold no images, and are smaller.
+    used = max(images, tables, tars,
+               key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
     card = ""
     if "README.md" in names:
         card = Path(folder, "README.md").read_text(errors="replace")
@@ -512,7 +513,7 @@ def try_decode(cell, size, folders):
         text = f"{printable(cell.get('path'))}: {why}"
         number = getattr(error, "errno", None)
         # A table may name files that never were; a file of a folder was there.
-        lasting = isinstance(error, FileNotFoundError) and "bytes" in cell
+        lasting = number in NOT_THERE and "bytes" in cell
         if isinstance(error, MemoryError) or number and not lasting:
             raise UserError(f"cannot read {text}; nothing was left out, try again") from error
         return text
@@ -577,6 +578,8 @@ class Store:
     def labels(self, column=""):
         """The class name of each image, or None: an array of objects [I]."""
         names = self.source.labels(column) or [None] * len(self.source)
+        # An accent may be a letter's own or a character behind it.
+        names = [name and unicodedata.normalize("NFC", name) for name in names]
         return np.array(names, dtype=object)[self.rows]
 
     def names(self, rows):

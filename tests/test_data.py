@@ -598,6 +598,14 @@ def test_a_store_that_does_not_fit_is_refused_before_it_is_decoded(own, monkeypa
     assert not stores(own())
 
 
+@pytest.mark.parametrize("path", ["gone.png", "1.png/inside.png", "x" * 5000, "circle.png"])
+def test_a_path_of_a_table_that_leads_nowhere_leaves_out_its_row(tmp_path, path):
+    (tmp_path / "1.png").write_bytes(png(1))
+    (tmp_path / "circle.png").symlink_to("circle.png")
+    reason = data.try_decode(dict(bytes=None, path=path), 32, [str(tmp_path)] * 2)
+    assert isinstance(reason, str) and reason.startswith(path)
+
+
 # ---------------------------------------------------------------------------- names of classes
 
 
@@ -615,6 +623,12 @@ def test_class_names_are_the_same_in_whatever_form_a_split_has_them(own, tmp_pat
         rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
         rows.cast_column("label", kind).save_to_disk(tmp_path / "own")
         assert of(data.open_store(own(), "train")) == expected
+
+
+def test_class_names_of_folders_are_the_same_however_their_accents_are_composed(own, tmp_path):
+    apart = unicodedata.normalize("NFD", "café")
+    put(tmp_path / "own", "train/café/1.png", f"test/{apart}/2.png")
+    assert of(data.open_store(own(), "train")) == of(data.open_store(own(), "test")) == ["café"]
 
 
 def test_a_number_without_a_name_is_its_own_name(own, tmp_path):
@@ -647,16 +661,24 @@ def shard(path, first, count=4):
                 tar.addfile(entry, io.BytesIO(content))
 
 
-def test_tar_shards_are_read_with_their_classes_unless_there_are_images(own, tmp_path):
+def test_tar_shards_are_read_with_their_classes(own, tmp_path):
+    """Also where img2dataset has written a table of captions beside each."""
     (tmp_path / "own").mkdir()
     for name, first in (("train-000000", 0), ("train-000001", 4), ("test-000000", 8)):
         shard(tmp_path / "own" / f"{name}.tar", first)
+    captions = datasets.Dataset.from_dict(dict(key=["000000"], caption=["a dot"]))
+    captions.to_parquet(tmp_path / "own" / "train-000000.parquet")
     train_store, test_store = (data.open_store(own(), split) for split in ("train", "test"))
     assert len(train_store) == 8 and len(test_store) == 4
     assert list(train_store.labels()) == ["0", "1"] * 4
-    put(tmp_path / "own", "1.png")
+    assert "left out: 1 .parquet" in train_store.summary
+
+
+def test_what_takes_most_of_the_disk_is_taken_for_the_images(own, tmp_path):
+    put(tmp_path / "own", *[f"{i}.png" for i in range(40)])
+    shard(tmp_path / "own" / "few.tar", 0, 1)
     store = data.open_store(own(), "train")
-    assert len(store) == 1 and "left out: 3 .tar" in store.summary
+    assert len(store) == 40 and "left out: 1 .tar" in store.summary
 
 
 def test_stored_size_keeps_more_pixels_than_the_networks_see(own, tmp_path):
