@@ -14,7 +14,6 @@ from config import Config, EvalConfig, UserError, cli, log, reason, validate, wr
 # isort: split
 # config comes before torch: it sets how torch's threads wait.
 import gc
-import hashlib
 import json
 import logging
 import math
@@ -48,6 +47,7 @@ QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 BACKENDS = dict(cpu="gloo", cuda="cpu:gloo,cuda:nccl")  # of several processes; see `must_stop`
 OWN_COLUMNS = "epoch step similarity norm lr memory_gb images_per_s seconds test_similarity".split()
+MOMENTUM = 0.95  # of Muon
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
 
@@ -67,9 +67,10 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         # ------------------------------------------------------------ optimiser and precision
         dtype = models.pick_dtype(cfg.precision, device)
         groups = distiller.parameter_groups(cfg.weight_decay)
-        optimiser = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
         if cfg.optimiser == "muon":
             optimiser = Muon(groups, cfg.lr, dtype)
+        else:
+            optimiser = torch.optim.AdamW(groups, cfg.lr, fused=True)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -81,8 +82,8 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
             return distiller.shared_view(images, view, index)
 
         @torch.inference_mode()
-        def teach(teacher, stored, view, index):
-            """The teacher's Features of the same view. It is an argument, so that it can leave."""
+        def teach(stored, view, index):
+            """The teacher's Features of the same view."""
             images = cut(stored, view, index, cfg.teacher_size)
             with autocast:
                 return distiller.embed(teacher, images)
@@ -100,7 +101,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                     part.load_state_dict(saved[name])
         else:  # measure the mean and the principal axes of what the teacher outputs
             rows = data.epoch_order(len(store), cfg.seed, 0)[:FIT_IMAGES]
-            distiller.fit(sample_features(distiller, partial(teach, teacher), store, rows, device))
+            distiller.fit(sample_features(distiller, teach, store, rows, device))
             broadcast(distiller, world)  # the same bits everywhere, as they name the cache
         step = saved["step"] if saved else 0
         compile_networks(cfg, distiller, teacher, device)
@@ -108,9 +109,9 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         # ------------------------------------------------------------ the teacher embeds each view
         targets = []
         if cfg.teacher_views and step < cfg.epochs * steps_per_epoch:
-            embed, key = partial(teach, teacher), [teacher.fingerprint, dtype]
-            targets = cache_targets(cfg, distiller, embed, key, store, device)
-            teacher = embed = None  # it leaves: its targets are read from now on
+            key = [store.fingerprint, teacher.fingerprint, dtype]
+            targets = cache_targets(cfg, distiller, teach, key, store, device)
+            teacher = None  # it leaves: its targets are read from now on
             use_gpu_memory(device, store.images, *targets)
 
         # ------------------------------------------------------------ training
@@ -127,7 +128,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                 if cached:
                     target = data.dequantise(cached[0])  # float32 [B, 1 + N, D]
                 else:
-                    target = distiller.targets(teach(teacher, stored, view, index))
+                    target = distiller.targets(teach(stored, view, index))
                 images = cut(stored, view, index, cfg.student_size)
                 images = distiller.student_view(images, epoch, index)
                 rate = learning_rate(step, steps_per_epoch, cfg)
@@ -209,19 +210,19 @@ def from_rank_0(value, world):
     return shared[0]
 
 
-def sample_features(distiller, embed, store, rows, device):
+def sample_features(distiller, teach, store, rows, device):
     """The teacher's Features of some images, with a few places of each: float32, all at once."""
     generator = torch.Generator().manual_seed(0)
     sampled = []
     parts = data.progress(data.chunks(rows), "the teacher's mean and axes")
     for index, stored in data.read(parts, device, store.images):
-        features = distiller.on_student_grid(embed(stored, 0, index))
+        features = distiller.on_student_grid(teach(stored, 0, index))
         sampled.append(models.some_places(features, generator))
     fields = [torch.cat(parts) for parts in zip(*sampled, strict=True)]
     if not all(field.isfinite().all() for field in fields):
         raise UserError("the teacher outputs NaN or infinity: check its weights, or --precision "
                         "fp32")
-    return type(features)(*fields)
+    return features._make(fields)
 
 
 def broadcast(module, world):
@@ -249,57 +250,50 @@ def compile_networks(cfg, distiller, teacher, device):
             block.compile(dynamic=False)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.AdamW):
     """AdamW, but for matrices and kernels [out, in * h * w]: the update is their momentum, made
     orthogonal (Jordan et al. 2024) in `dtype` and as large as one of AdamW (Liu et al. 2025)."""
 
     def __init__(self, groups, lr, dtype):
+        super().__init__(groups, lr)
         self.dtype = dtype
-        super().__init__(groups, dict(lr=lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.99)))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            for p in [p for p in group["params"] if p.grad is not None]:
-                state = self.state[p]
+            lr = group["lr"]
+            for p in group["params"]:
+                if p.grad is None or p.ndim not in (2, 4):
+                    continue
+                if p not in self.state:  # AdamW's code for loading wants a "step" in each state
+                    self.state[p] = dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+                ahead = p.grad.lerp(momentum, MOMENTUM)  # Nesterov's
+                update = orthogonal(ahead.flatten(1), self.dtype)
                 p.mul_(1 - lr * group["weight_decay"])
-                if "mean" not in state:
-                    state["mean"] = torch.zeros_like(p)
-                mean = state["mean"]
-                if p.ndim in (2, 4):
-                    mean.lerp_(p.grad, 1 - group["momentum"])
-                    ahead = p.grad.lerp(mean, group["momentum"])  # Nesterov's
-                    update = orthogonal(ahead.flatten(1), self.dtype)
-                    p.sub_(0.2 * lr * max(update.shape) ** 0.5 * update.view_as(p))
-                else:
-                    if "square" not in state:
-                        state["square"], state["t"] = torch.zeros_like(p), 0
-                    state["t"] += 1
-                    square, t = state["square"], state["t"]
-                    mean.lerp_(p.grad, 1 - beta1)
-                    square.lerp_(p.grad.square(), 1 - beta2)
-                    deviation = (square / (1 - beta2**t)).sqrt() + 1e-8
-                    p.sub_(lr * mean / (1 - beta1**t) / deviation)
+                p.sub_(0.2 * lr * max(update.shape) ** 0.5 * update.view_as(p))
+                p.grad = None  # which AdamW passes over
+        super().step()
 
 
 def orthogonal(matrix, dtype):
     """About the nearest orthogonal matrix, by five Newton-Schulz steps."""
-    wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
-    x = (wide / (wide.norm() + 1e-7)).to(dtype)
+    if len(matrix) > matrix.shape[1]:  # the squares below are then the smaller ones
+        return orthogonal(matrix.mT, dtype).mT
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.mT if len(matrix) > matrix.shape[1] else x).to(matrix)
+    return x.to(matrix)
 
 
 # ================================================================ the cache of targets
 
 
-def cache_targets(cfg, distiller, embed, key, store, device):
+def cache_targets(cfg, distiller, teach, key, store, device):
     """The targets of each view, filled unless an earlier run has done it: a list of `data.Rows`,
-    int8 [I, T, D + 2]. Shards are filled by whichever process is free. key: the teacher and the
-    precision. Raises UserError if the first targets of the first or the last view are not
+    int8 [I, T, D + 2]. Shards are filled by whichever process is free. key: images,
+    teacher and precision. Raises UserError if the first targets of the first or the last view are not
     what the code computes now, token by token."""
     size = min(data.CHUNK * (4 if device.type == "cuda" else 1), cfg.batch_size)
     count = min(cfg.teacher_views, cfg.epochs)
@@ -307,9 +301,9 @@ def cache_targets(cfg, distiller, embed, key, store, device):
 
     def compute(view, rows):
         parts = data.batches(rows, size)  # of one size, for torch.compile
-        parts = data.progress(parts, f"targets of view {view + 1} of {count}")
-        for index, stored in data.read(parts, device, store.images):
-            yield distiller.targets(embed(stored, view, index))
+        bar = data.progress(parts, f"targets of view {view + 1} of {count}")
+        for index, stored in data.read(bar, device, store.images):
+            yield distiller.targets(teach(stored, view, index))
 
     def fill(view, rows, path):
         with open(path, "wb") as file:
@@ -321,16 +315,16 @@ def cache_targets(cfg, distiller, embed, key, store, device):
     expected = {view: next(compute(view, first)).cpu() for view in {0, count - 1}}
     T, D = expected[0].shape[1:]
     length = T * (D + 2)
-    folder = cache_folder(cfg, distiller, [store.fingerprint, *key, len(store), T, D])
+    folder = cache_folder(cfg, distiller, [*key, len(store), T, D])
     jobs = [(folder / f"view_{view}_{number}.i8", view, rows)
             for view in range(count) for number, rows in enumerate(shards)]
     need = length * sum(len(rows) for file, _, rows in jobs if not file.exists())
     log.info(f"targets   {need / 1e9:.2f} GB to be filled in {folder}")
     data.check_space(cfg.cache_dir, need, "--teacher_views")
-    for file, view, rows in jobs[:: len(shards)]:  # before others are filled beside them
-        if view in expected and file.exists():
-            cached = data.Rows([file], torch.int8, (len(rows), T, D + 2))[first]
-            target = expected[view]
+    for view, target in expected.items():  # before others are filled beside them
+        file = folder / f"view_{view}_0.i8"
+        if file.exists():
+            cached = data.Rows([file], torch.int8, (len(shards[0]), T, D + 2))[first]
             error = (data.dequantise(cached) - target).square().sum((0, 2))
             if (error > 0.02 * target.square().sum((0, 2))).any():  # a cosine below 0.99
                 raise UserError(f"{folder} holds targets of other code: set --cache_dir, or delete "
@@ -347,13 +341,10 @@ def cache_folder(cfg, distiller, key):
     methods = "embed", "shared_view", "on_student_grid", "targets"
     key += [getattr(distiller, name).__qualname__ for name in methods]
     key += [cfg.seed, cfg.teacher_size, cfg.crop_scale]
-    heads = hashlib.sha256()
-    for head in distiller.modules():
-        if isinstance(head, models.Head):
-            for value in head.buffers():
-                heads.update(value.cpu().numpy().tobytes())
-    name = hashlib.sha256(str(key).encode()).hexdigest()[:12]
-    folder = Path(cfg.cache_dir, "targets", f"{name}-{heads.hexdigest()[:6]}")
+    name = models.digest(str(key), [])
+    heads = [module for module in distiller.modules() if isinstance(module, models.Head)]
+    fitted = models.digest("", [value for head in heads for value in head.buffers()])
+    folder = Path(cfg.cache_dir, "targets", f"{name}-{fitted[:6]}")
     if not folder.exists() and list(folder.parent.glob(f"{name}-*")):
         log.info("targets   of the same images and teacher are there for other heads: another "
                  "machine or number of threads measures other last digits")
