@@ -341,7 +341,7 @@ def cache_folder(cfg, distiller, key):
     methods = "embed", "shared_view", "on_student_grid", "targets"
     key += [getattr(distiller, name).__qualname__ for name in methods]
     key += [cfg.seed, cfg.teacher_size, cfg.crop_scale]
-    name = models.digest(str(key), [])
+    name = models.digest(str(key))
     heads = [module for module in distiller.modules() if isinstance(module, models.Head)]
     fitted = models.digest("", [value for head in heads for value in head.buffers()])
     folder = Path(cfg.cache_dir, "targets", f"{name}-{fitted[:6]}")
@@ -455,24 +455,23 @@ class Journal:
         speed = len(self.recent["loss"]) * self.cfg.batch_size / seconds
         if self.history:
             seconds += self.history[-1]["seconds"]
-        means = []
-        for values in map(torch.stack, self.recent.values()):
+        line = dict(epoch=step / steps_per_epoch, step=step, lr=rate, images_per_s=speed,
+                    seconds=seconds, memory_gb=models.peak_memory(self.device))
+        for name, values in self.recent.items():
+            values = torch.stack(values)
             if scaler.is_enabled():
                 values = values[values.isfinite()]
-            means.append(values.float().mean())
-        means = torch.stack(means)
-        if dist.is_initialized():
-            means /= dist.get_world_size()
-            dist.all_reduce(means)
-        means = dict(zip(self.recent, means.tolist(), strict=True))
+            mean = values.float().mean()
+            if dist.is_initialized():
+                mean /= dist.get_world_size()
+                dist.all_reduce(mean)
+            line[name] = mean.item()
         self.recent.clear()
-        loss, norm = means["loss"], means["norm"]
+        loss, norm = line["loss"], line["norm"]
         if not math.isfinite(loss + norm) and scaler.get_scale() <= 1:  # 1 if disabled
             raise UserError(f"loss {loss}, norm {norm} before step {step}: lower --lr, or "
                             "--precision fp32")
-        line = dict(epoch=step / steps_per_epoch, step=step, lr=rate, images_per_s=speed,
-                    seconds=seconds, memory_gb=models.peak_memory(self.device))
-        line |= {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         self.history.append(line)
         return line
 
@@ -499,7 +498,7 @@ class Journal:
         """Write checkpoint_epoch_N.pth if it is kept, then checkpoint_latest.pth if it is due. The
         student is saved twice: a fork may evaluate another network than the one it trains."""
         cfg, epoch = self.cfg, line["epoch"]
-        kept = epoch in (1, cfg.epochs) or cfg.save_every and epoch % cfg.save_every == 0
+        kept = epoch in (1, cfg.epochs) or (cfg.save_every and epoch % cfg.save_every == 0)
         names = [f"checkpoint_epoch_{epoch:g}.pth"] if kept else []
         if kept or stopping or monotonic() - self.saved_at > SAVE_SECONDS:
             names.append("checkpoint_latest.pth")

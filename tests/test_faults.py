@@ -132,7 +132,8 @@ def test_a_run_that_began_afresh_is_told_to_continue_without_no_resume(tiny, mon
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 3, signal.SIGTERM)
         train.main(cfg)
-    assert "the same command to continue, without --no_resume" in (cfg.run_path / "train.log").read_text()
+    assert "same command to continue, without --no_resume" in (
+        cfg.run_path / "train.log").read_text()
     assert train.main(dataclasses.replace(cfg, resume=True))["step"] == 10
 
 
