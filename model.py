@@ -429,7 +429,9 @@ def load_checkpoint(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format") != FORMAT:
             raise UserError("it is of another version of this program")
-        saved = {part: saved[part] for part in PARTS}
+        missing = {*PARTS} - saved.keys()  # a fork of main may add parts of its own
+        if missing:
+            raise UserError(f"it lacks {', '.join(sorted(missing))}")
         cfg = validate(Config(**saved["config"]))
     if missing := vars(cfg).keys() - saved["config"].keys():
         log.warning(f"{path} lacks {', '.join(sorted(missing))}: the defaults are taken")
