@@ -20,7 +20,7 @@ import subprocess
 import sys
 import zipfile
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -107,9 +107,9 @@ class Head(nn.Module):
         centred = features - self.mean
         if self.kind == "pca":
             covariance = (centred.T @ centred).cpu().double()
-            axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : len(self.scale)]
-            self.basis.zero_()
-            self.basis[:, : axes.shape[1]] = axes
+            axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)
+            # To Ds columns: a negative padding cuts.
+            self.basis.copy_(F.pad(axes, (0, len(self.scale) - len(axes))))
         std = (centred @ self.basis).std(0, correction=0)
         self.scale.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0) ** self.whiten)
 
@@ -208,14 +208,19 @@ def concatenate_tokens(*parts):
 
 # ================================================================ II. networks and checkpoints
 
-TEACHERS = {  # the official names -> timm's
-    f"dinov2_vit{size[0]}14{reg}": f"vit_{size}_patch14{timm_reg}_dinov2.lvd142m"
-    for size in ("small", "base", "large", "giant")
-    for reg, timm_reg in (("", ""), ("_reg", "_reg4"))
-} | dict(demo="vit_small_patch14_dinov2")  # whose file states its smaller size
+TEACHERS = dict(  # the official names -> timm's
+    dinov2_vits14="vit_small_patch14_dinov2.lvd142m",
+    dinov2_vitb14="vit_base_patch14_dinov2.lvd142m",
+    dinov2_vitl14="vit_large_patch14_dinov2.lvd142m",
+    dinov2_vitg14="vit_giant_patch14_dinov2.lvd142m",
+    dinov2_vits14_reg="vit_small_patch14_reg4_dinov2.lvd142m",
+    dinov2_vitb14_reg="vit_base_patch14_reg4_dinov2.lvd142m",
+    dinov2_vitl14_reg="vit_large_patch14_reg4_dinov2.lvd142m",
+    dinov2_vitg14_reg="vit_giant_patch14_reg4_dinov2.lvd142m",
+    demo="vit_small_patch14_dinov2")  # whose file states its smaller size
 WEIGHTS = dict(demo=str(Path(__file__).parent / "demo" / "teacher.safetensors"))
 FORMAT = 6  # version of the checkpoints' contents
-PARTS = "step epoch history student objective optimiser scaler identity commit".split()
+PARTS = "config step epoch history student objective optimiser scaler identity commit".split()
 
 
 class Backbone(nn.Module):
@@ -241,19 +246,20 @@ class Backbone(nn.Module):
             features = self.to_features(x)
         self.cls_dim = features.cls.shape[-1]
         _, N, self.patch_dim = features.patches.shape
-        self.grid = math.isqrt(N), math.isqrt(N)  # rows, columns
-        if N < 1 or math.prod(self.grid) != N:
+        side = math.isqrt(N)
+        self.grid = side, side  # rows, columns
+        if side**2 != N or N == 0:
             raise UserError(f"it outputs {list(x.shape[1:])}, no square grid of patch embeddings "
                             f"behind {self.prefix} other tokens (num_prefix_tokens)")
 
     def to_features(self, x):
         """What the net's forward_features outputs, [B, P + N, D] or a map, -> Features."""
         cls = self.net.forward_head(x, pre_logits=True)
-        if self.outputs_tokens:
-            return Features(cls, x[:, self.prefix :])
-        if getattr(self.net, "output_fmt", "NCHW") == "NHWC":
-            return Features(cls, x.flatten(1, 2))
-        return Features(cls, x.flatten(2).mT)
+        if getattr(self.net, "output_fmt", "") == "NHWC":
+            x = x.flatten(1, 2)
+        elif x.ndim == 4:
+            x = x.flatten(2).mT
+        return Features(cls, x[:, self.prefix :])
 
     def forward(self, images):
         normalised = (images - self.mean) / self.std  # by the model's own constants
@@ -279,7 +285,7 @@ def build_student(cfg, state=None) -> Backbone:
         elif cfg.pool == "mean" and hasattr(blank, "cls_token"):
             raise UserError("--pool mean is for timm's VisionTransformer, and for conv nets")
         weights = "" if state else cfg.student_weights
-        student = Backbone(create(cfg.student, weights, arguments), cfg.student_size)
+        student = Backbone(create(cfg.student, arguments, weights), cfg.student_size)
         if state:
             student.net.load_state_dict(state)
         else:  # some models fail only in training; on a copy, as batch norm learns from a forward
@@ -304,10 +310,12 @@ def load_teacher(cfg) -> Backbone:
                 how |= json.loads(metadata.get("student", "{}"))
         name, arguments = how["model"], how["args"]
         check_model(name, cfg.teacher_size, arguments)
-        net = create(name, weights, arguments, pretrained=not weights)  # at its native size
-        digest = hashlib.sha256(f"{name} {arguments}".encode())
-        for value in net.state_dict().values():
-            digest.update(value.numpy().tobytes())
+        if weights:  # the net has its native size
+            net = create(name, arguments, weights)
+        else:
+            net = from_hub(f"the weights of {name}", "--teacher_weights FILE", create, name,
+                           arguments, pretrained=True)
+        fingerprint = digest(f"{name} {arguments}", net.state_dict().values())
         if hasattr(net, "set_input_size"):
             table = getattr(net, "pos_embed", None)  # of the native size
             net.set_input_size(img_size=cfg.teacher_size)
@@ -315,8 +323,16 @@ def load_teacher(cfg) -> Backbone:
                 table = official_position_table(table, net.patch_embed.grid_size)
                 net.pos_embed = nn.Parameter(table)
         teacher = Backbone(net.requires_grad_(False), cfg.teacher_size)
-    teacher.fingerprint = digest.hexdigest()[:12]
+    teacher.fingerprint = fingerprint
     return teacher
+
+
+def digest(text, tensors=()):
+    """Twelve hexadecimal digits that name a text and the bits of some tensors."""
+    found = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 @contextmanager
@@ -339,7 +355,7 @@ def check_model(name, size, arguments):
         raise UserError(f"not a model of timm {timm.__version__}"
                         f"{suggestion(name, [*TEACHERS, *timm.list_models()])}")
     with torch.device("meta"):
-        net = timm.create_model(name, num_classes=0, **arguments)
+        net = create(name, arguments)
     projection = getattr(getattr(net, "patch_embed", None), "proj", None)
     patch = getattr(projection, "stride", (1,))[0]
     if size % patch:
@@ -348,28 +364,22 @@ def check_model(name, size, arguments):
     return net
 
 
-def create(name, weights, arguments, pretrained=False):
+def create(name, arguments, weights="", pretrained=False):
     """A timm model without its classifier: with the weights of a file, for pretrained of timm's on
     the Hub, else random. Raises UserError."""
-    build = partial(timm.create_model, name, num_classes=0, **arguments)
-    if pretrained:
-        return from_hub(f"the weights of {name}", "--teacher_weights FILE", build, pretrained=True)
-    net = build()
+    net = timm.create_model(name, pretrained, num_classes=0, **arguments)
     if weights:
-        converter = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-
-        def convert(state, net):
-            """timm's: the names of other releases, position tables of other sizes. Not of what
-            fits as it is: before 1.0.31 timm takes each file for the official release."""
-            own, given = ({key: value.shape for key, value in some.items()}
-                          for some in (net.state_dict(), state))
-            return converter(state, net) if converter and given != own else state
-
         with naming(f"{weights} does not fit {name}"):
-            keys = timm.models.load_checkpoint(
-                net, weights, strict=False, filter_fn=convert, weights_only=True)
-            if keys.missing_keys:
-                raise UserError(f"it has no {keys.missing_keys[0]}")
+            state = timm.models.load_state_dict(weights, weights_only=True)
+            try:
+                net.load_state_dict(state)
+            except RuntimeError:  # timm knows the names of other releases, tables of other sizes
+                code = sys.modules[type(net).__module__]
+                if hasattr(code, "checkpoint_filter_fn"):
+                    state = code.checkpoint_filter_fn(state, net)
+                missing = net.load_state_dict(state, strict=False).missing_keys
+                if missing:
+                    raise UserError(f"it has no {missing[0]}") from None
     return net
 
 
@@ -419,7 +429,7 @@ def load_checkpoint(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format") != FORMAT:
             raise UserError("it is of another version of this program")
-        missing = {*PARTS} - saved.keys()
+        missing = {*PARTS} - saved.keys()  # a fork of main may add parts of its own
         if missing:
             raise UserError(f"it lacks {', '.join(sorted(missing))}")
         cfg = validate(Config(**saved["config"]))

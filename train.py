@@ -14,7 +14,6 @@ from config import Config, EvalConfig, UserError, cli, log, reason, validate, wr
 # isort: split
 # config comes before torch: it sets how torch's threads wait.
 import gc
-import hashlib
 import json
 import logging
 import math
@@ -25,7 +24,6 @@ import sys
 import textwrap
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import monotonic, time_ns
@@ -36,7 +34,7 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from tqdm.contrib import DummyTqdmFile
 
 import data
 import eval as evaluation
@@ -48,6 +46,7 @@ QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 BACKENDS = dict(cpu="gloo", cuda="cpu:gloo,cuda:nccl")  # of several processes; see `must_stop`
 OWN_COLUMNS = "epoch step similarity norm lr memory_gb images_per_s seconds test_similarity".split()
+MOMENTUM = 0.95  # of Muon
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
 
@@ -57,7 +56,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
     validate(cfg, data=[cfg.dataset, cfg.eval_dataset or cfg.dataset])
     with processes(cfg) as (rank, world, device), ExitStack() as stack:
         # ------------------------------------------------------------ networks and images
-        saved = find_checkpoint(cfg, rank, world)  # None: a new run
+        saved = find_checkpoint(cfg, rank)  # None: a new run
         student = models.build_student(cfg, saved and saved["student"])  # before a download
         teacher = models.load_teacher(cfg).to(device)
         store = data.open_store(cfg, cfg.train_split, cfg.max_samples)
@@ -67,9 +66,10 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         # ------------------------------------------------------------ optimiser and precision
         dtype = models.pick_dtype(cfg.precision, device)
         groups = distiller.parameter_groups(cfg.weight_decay)
-        optimiser = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
         if cfg.optimiser == "muon":
             optimiser = Muon(groups, cfg.lr, dtype)
+        else:
+            optimiser = torch.optim.AdamW(groups, cfg.lr, fused=True)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -81,8 +81,8 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
             return distiller.shared_view(images, view, index)
 
         @torch.inference_mode()
-        def teach(teacher, stored, view, index):
-            """The teacher's Features of the same view. It is an argument, so that it can leave."""
+        def teach(stored, view, index):
+            """The teacher's Features of the same view."""
             images = cut(stored, view, index, cfg.teacher_size)
             with autocast:
                 return distiller.embed(teacher, images)
@@ -90,9 +90,9 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         # ------------------------------------------------------------ continue a run, or begin one
         identity = dict(objective=objective.__qualname__,
                         images=store.fingerprint, teacher=teacher.fingerprint)
-        check_agreement(cfg, saved, identity, dtype, world)
-        journal = Journal(cfg, saved, rank, world, device)
-        journal.header(store, teacher, student, dtype, steps_per_epoch, saved)
+        check_agreement(cfg, saved, identity, dtype)
+        journal = Journal(cfg, saved, rank, device)
+        journal.header(store, teacher, student, dtype, steps_per_epoch, world, saved)
         parts = dict(objective=distiller, optimiser=optimiser, scaler=scaler)  # of a checkpoint
         if saved:
             for name, part in parts.items():
@@ -100,22 +100,21 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                     part.load_state_dict(saved[name])
         else:  # measure the mean and the principal axes of what the teacher outputs
             rows = data.epoch_order(len(store), cfg.seed, 0)[:FIT_IMAGES]
-            distiller.fit(sample_features(distiller, partial(teach, teacher), store, rows, device))
-            broadcast(distiller, world)  # the same bits everywhere, as they name the cache
+            distiller.fit(sample_features(distiller, teach, store, rows, device))
+            broadcast(distiller)  # the same bits everywhere, as they name the cache
         step = saved["step"] if saved else 0
         compile_networks(cfg, distiller, teacher, device)
 
         # ------------------------------------------------------------ the teacher embeds each view
         targets = []
         if cfg.teacher_views and step < cfg.epochs * steps_per_epoch:
-            embed, key = partial(teach, teacher), [teacher.fingerprint, dtype]
-            targets = cache_targets(cfg, distiller, embed, key, store, device)
-            teacher = embed = None  # it leaves: its targets are read from now on
+            targets = cache_targets(cfg, distiller, teach, identity, dtype, store, device)
+            teacher = None  # it leaves: its targets are read from now on
             use_gpu_memory(device, store.images, *targets)
 
         # ------------------------------------------------------------ training
-        received = stack.enter_context(stop_signals())  # before this, Ctrl-C ends it at once
-        stack.enter_context(journal.start(step, steps_per_epoch))
+        received = stop_signals(stack)  # before this, Ctrl-C ends it at once
+        stack.enter_context(journal.start(step, cfg.epochs * steps_per_epoch))
         for epoch in range(step // steps_per_epoch, cfg.epochs):
             view = epoch % len(targets) if targets else epoch
             arrays = [store.images, targets[view]] if targets else [store.images]
@@ -127,7 +126,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                 if cached:
                     target = data.dequantise(cached[0])  # float32 [B, 1 + N, D]
                 else:
-                    target = distiller.targets(teach(teacher, stored, view, index))
+                    target = distiller.targets(teach(stored, view, index))
                 images = cut(stored, view, index, cfg.student_size)
                 images = distiller.student_view(images, epoch, index)
                 rate = learning_rate(step, steps_per_epoch, cfg)
@@ -137,7 +136,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                 with autocast:
                     loss, stats = distiller(images, target)
                 scaler.scale(loss).backward()
-                average_gradients(distiller, world)
+                average_gradients(distiller)
                 scaler.unscale_(optimiser)
                 norm = clip_grad_norm_(distiller.parameters(), cfg.grad_clip or math.inf)
                 scaler.step(optimiser)
@@ -145,28 +144,28 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                 distiller.after_step(step)
                 journal.add(loss=loss, **stats, norm=norm)  # stays on the device
                 step += 1
-                stopping = must_stop(received, step, steps_per_epoch, world)
+                stopping = must_stop(received, step)
                 if stopping or step % cfg.log_every == 0 or step % steps_per_epoch == 0:
                     line = journal.average(step, steps_per_epoch, rate, scaler)  # the host waits
                     if rank == 0:
                         journal.write(line, distiller.evaluated)
                         journal.save(line, stopping, identity, distiller, parts)
                 if stopping:
-                    leave(cfg, step, received, world)
+                    leave(step, received)
         if rank == 0:
             export(cfg, distiller.evaluated)
-        barrier(world)  # all leave together, after rank 0 has written
+        barrier()  # all leave together, after rank 0 has written
     log.info(f"done. Evaluate with: python eval.py {cfg.run_path}")
     last = journal.history[-1]
     if cfg.eval_at_end and rank == 0:
-        last |= dict(eval=evaluation.main(EvalConfig((str(cfg.run_path),)), cfg))
+        last["eval"] = evaluation.main(EvalConfig((str(cfg.run_path),)), cfg)
     return last
 
 
 # ================================================================ before the loop
 
 
-def find_checkpoint(cfg, rank, world):
+def find_checkpoint(cfg, rank):
     """The checkpoint that the run continues from, as rank 0 has it, or None for a new run.
     Raises UserError where settings have changed that may not."""
     latest, saved = cfg.run_path / "checkpoint_latest.pth", None
@@ -177,10 +176,10 @@ def find_checkpoint(cfg, rank, world):
         if saved["epoch"] > cfg.epochs:
             raise UserError(f"--epochs {cfg.epochs}: the run in {cfg.run_path} has already had "
                             f"{saved['epoch']:g}")
-    return from_rank_0(saved, world)
+    return from_rank_0(saved)
 
 
-def check_agreement(cfg, saved, identity, dtype, world):
+def check_agreement(cfg, saved, identity, dtype):
     """Raise UserError if the run to be continued is of other images, another teacher or objective,
     or if the processes differ in these, in settings or in precision."""
     if saved:
@@ -190,7 +189,7 @@ def check_agreement(cfg, saved, identity, dtype, world):
     own = cfg.fixed_settings() | identity  # of the teacher the digest, not the name
     own |= dict(dtype=str(dtype), epochs=cfg.epochs, log_every=cfg.log_every)
     refuse_changes("all processes need the same command, images and hardware; of the first",
-                   from_rank_0(own, world), own)
+                   from_rank_0(own), own)
 
 
 def refuse_changes(message, before, now):
@@ -201,32 +200,32 @@ def refuse_changes(message, before, now):
         raise UserError(message + "".join(changed))
 
 
-def from_rank_0(value, world):
+def from_rank_0(value):
     """What rank 0 has, on all processes."""
     shared = [value]
-    if world > 1:
+    if dist.is_initialized():  # several processes
         dist.broadcast_object_list(shared, 0)
     return shared[0]
 
 
-def sample_features(distiller, embed, store, rows, device):
+def sample_features(distiller, teach, store, rows, device):
     """The teacher's Features of some images, with a few places of each: float32, all at once."""
     generator = torch.Generator().manual_seed(0)
     sampled = []
     parts = data.progress(data.chunks(rows), "the teacher's mean and axes")
     for index, stored in data.read(parts, device, store.images):
-        features = distiller.on_student_grid(embed(stored, 0, index))
+        features = distiller.on_student_grid(teach(stored, 0, index))
         sampled.append(models.some_places(features, generator))
-    fields = [torch.cat(parts) for parts in zip(*sampled, strict=True)]
-    if not all(field.isfinite().all() for field in fields):
+    features = features._make(map(torch.cat, zip(*sampled, strict=True)))
+    if not all(field.isfinite().all() for field in features):
         raise UserError("the teacher outputs NaN or infinity: check its weights, or --precision "
                         "fp32")
-    return type(features)(*fields)
+    return features
 
 
-def broadcast(module, world):
+def broadcast(module):
     """Give all processes rank 0's parameters and buffers."""
-    if world > 1:
+    if dist.is_initialized():
         for value in module.state_dict().values():
             dist.broadcast(value, 0)
 
@@ -249,67 +248,61 @@ def compile_networks(cfg, distiller, teacher, device):
             block.compile(dynamic=False)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.AdamW):
     """AdamW, but for matrices and kernels [out, in * h * w]: the update is their momentum, made
     orthogonal (Jordan et al. 2024) in `dtype` and as large as one of AdamW (Liu et al. 2025)."""
 
     def __init__(self, groups, lr, dtype):
+        super().__init__(groups, lr)
         self.dtype = dtype
-        super().__init__(groups, dict(lr=lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.99)))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            for p in [p for p in group["params"] if p.grad is not None]:
+            lr = group["lr"]
+            for p in group["params"]:
+                if p.grad is None or p.ndim not in (2, 4):
+                    continue
                 state = self.state[p]
+                if not state:  # AdamW wants a step in each when it loads them
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+                momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+                ahead = p.grad.lerp(momentum, MOMENTUM)  # Nesterov's
+                update = orthogonal(ahead.flatten(1), self.dtype)
                 p.mul_(1 - lr * group["weight_decay"])
-                if "mean" not in state:
-                    state["mean"] = torch.zeros_like(p)
-                mean = state["mean"]
-                if p.ndim in (2, 4):
-                    mean.lerp_(p.grad, 1 - group["momentum"])
-                    ahead = p.grad.lerp(mean, group["momentum"])  # Nesterov's
-                    update = orthogonal(ahead.flatten(1), self.dtype)
-                    p.sub_(0.2 * lr * max(update.shape) ** 0.5 * update.view_as(p))
-                else:
-                    if "square" not in state:
-                        state["square"], state["t"] = torch.zeros_like(p), 0
-                    state["t"] += 1
-                    square, t = state["square"], state["t"]
-                    mean.lerp_(p.grad, 1 - beta1)
-                    square.lerp_(p.grad.square(), 1 - beta2)
-                    deviation = (square / (1 - beta2**t)).sqrt() + 1e-8
-                    p.sub_(lr * mean / (1 - beta1**t) / deviation)
+                p.sub_(0.2 * lr * max(update.shape) ** 0.5 * update.view_as(p))
+                p.grad = None  # which AdamW passes over
+        super().step()
 
 
 def orthogonal(matrix, dtype):
     """About the nearest orthogonal matrix, by five Newton-Schulz steps."""
-    wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
-    x = (wide / (wide.norm() + 1e-7)).to(dtype)
+    if len(matrix) > matrix.shape[1]:  # the squares below are then the smaller ones
+        return orthogonal(matrix.mT, dtype).mT
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.mT if len(matrix) > matrix.shape[1] else x).to(matrix)
+    return x.to(matrix)
 
 
 # ================================================================ the cache of targets
 
 
-def cache_targets(cfg, distiller, embed, key, store, device):
+def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     """The targets of each view, filled unless an earlier run has done it: a list of `data.Rows`,
-    int8 [I, T, D + 2]. Shards are filled by whichever process is free. key: the teacher and the
-    precision. Raises UserError if the first targets of the first or the last view are not
-    what the code computes now, token by token."""
+    int8 [I, T, D + 2]. Shards are filled by whichever process is free. Raises UserError if the
+    first targets of the first or the last view are not what the code computes now, token by token.
+    """
     size = min(data.CHUNK * (4 if device.type == "cuda" else 1), cfg.batch_size)
     count = min(cfg.teacher_views, cfg.epochs)
     shards = data.chunks(np.arange(len(store)), data.SHARD)
 
     def compute(view, rows):
         parts = data.batches(rows, size)  # of one size, for torch.compile
-        parts = data.progress(parts, f"targets of view {view + 1} of {count}")
-        for index, stored in data.read(parts, device, store.images):
-            yield distiller.targets(embed(stored, view, index))
+        bar = data.progress(parts, f"targets of view {view + 1} of {count}")
+        for index, stored in data.read(bar, device, store.images):
+            yield distiller.targets(teach(stored, view, index))
 
     def fill(view, rows, path):
         with open(path, "wb") as file:
@@ -321,16 +314,17 @@ def cache_targets(cfg, distiller, embed, key, store, device):
     expected = {view: next(compute(view, first)).cpu() for view in {0, count - 1}}
     T, D = expected[0].shape[1:]
     length = T * (D + 2)
-    folder = cache_folder(cfg, distiller, [store.fingerprint, *key, len(store), T, D])
+    key = [identity["images"], identity["teacher"], dtype, len(store), T, D]
+    folder = cache_folder(cfg, distiller, key)
     jobs = [(folder / f"view_{view}_{number}.i8", view, rows)
             for view in range(count) for number, rows in enumerate(shards)]
     need = length * sum(len(rows) for file, _, rows in jobs if not file.exists())
     log.info(f"targets   {need / 1e9:.2f} GB to be filled in {folder}")
     data.check_space(cfg.cache_dir, need, "--teacher_views")
-    for file, view, rows in jobs[:: len(shards)]:  # before others are filled beside them
-        if view in expected and file.exists():
-            cached = data.Rows([file], torch.int8, (len(rows), T, D + 2))[first]
-            target = expected[view]
+    for view, target in expected.items():  # before others are filled beside them
+        file = folder / f"view_{view}_0.i8"
+        if file.exists():
+            cached = data.Rows([file], torch.int8, (len(shards[0]), T, D + 2))[first]
             error = (data.dequantise(cached) - target).square().sum((0, 2))
             if (error > 0.02 * target.square().sum((0, 2))).any():  # a cosine below 0.99
                 raise UserError(f"{folder} holds targets of other code: set --cache_dir, or delete "
@@ -347,13 +341,10 @@ def cache_folder(cfg, distiller, key):
     methods = "embed", "shared_view", "on_student_grid", "targets"
     key += [getattr(distiller, name).__qualname__ for name in methods]
     key += [cfg.seed, cfg.teacher_size, cfg.crop_scale]
-    heads = hashlib.sha256()
-    for head in distiller.modules():
-        if isinstance(head, models.Head):
-            for value in head.buffers():
-                heads.update(value.cpu().numpy().tobytes())
-    name = hashlib.sha256(str(key).encode()).hexdigest()[:12]
-    folder = Path(cfg.cache_dir, "targets", f"{name}-{heads.hexdigest()[:6]}")
+    name = models.digest(str(key))
+    heads = [module for module in distiller.modules() if isinstance(module, models.Head)]
+    fitted = models.digest("", [value for head in heads for value in head.buffers()])
+    folder = Path(cfg.cache_dir, "targets", f"{name}-{fitted[:6]}")
     if not folder.exists() and list(folder.parent.glob(f"{name}-*")):
         log.info("targets   of the same images and teacher are there for other heads: another "
                  "machine or number of threads measures other last digits")
@@ -390,12 +381,12 @@ def learning_rate(step, steps_per_epoch, cfg):
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def average_gradients(module, world):
+def average_gradients(module):
     """Over all processes, by one all-reduce: DistributedDataParallel rules out CUDA graphs."""
-    if world == 1:
+    if not dist.is_initialized():
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
@@ -405,55 +396,50 @@ class Journal:
     """The log: the terminal, train.log and metrics.jsonl in the run folder. All processes
     `average`; rank 0 alone writes."""
 
-    def __init__(self, cfg, saved, rank, world, device):
-        self.cfg, self.world, self.device = cfg, world, device
+    def __init__(self, cfg, saved, rank, device):
+        self.cfg, self.device = cfg, device
         self.history = saved["history"] if saved else []  # the lines of metrics.jsonl
         self.recent = defaultdict(list)  # statistics since the last line, on the device
-        log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
+        terminal = logging.StreamHandler(DummyTqdmFile(sys.stdout))  # its lines stand above bars
+        log.handlers, log.propagate = [terminal], False
         log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
         if rank == 0:
-            if cfg.run_path.exists() and not cfg.resume:
-                cfg.run_path.rename(f"{cfg.run_path}.old-{time_ns()}")
-            cfg.run_path.mkdir(parents=True, exist_ok=True)
-            (cfg.run_path / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
-            log.addHandler(logging.FileHandler(cfg.run_path / "train.log", errors="replace"))
-        self.evaluator = None
-        if cfg.eval_every and rank == 0:
-            self.evaluator = evaluation.Evaluator(cfg, *QUICK_EVAL)
+            folder = cfg.run_path
+            if folder.exists() and not cfg.resume:
+                folder.rename(f"{folder}.old-{time_ns()}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
+            log.addHandler(logging.FileHandler(folder / "train.log", errors="replace"))
+            if cfg.eval_every:
+                self.evaluator = evaluation.Evaluator(cfg, *QUICK_EVAL)
 
-    def header(self, store, teacher, student, dtype, steps_per_epoch, saved):
+    def header(self, store, teacher, student, dtype, steps_per_epoch, world, saved):
         """State what the run is."""
-        cfg, steps = self.cfg, self.cfg.epochs * steps_per_epoch
-        changed = [f"{name} {value}" for name, value in vars(cfg).items()
-                   if value != getattr(Config, name)]
-        settings = textwrap.fill(f"settings  {', '.join(changed) or 'all as by default'}", 80,
-                                 subsequent_indent=" " * 10, break_on_hyphens=False)
-        machine = ", ".join(f"{name} {value}" for name, value
-                            in models.environment(self.device).items())
+        cfg, total = self.cfg, self.cfg.epochs * steps_per_epoch
+        settings = {name: value for name, value in vars(cfg).items()
+                    if value != getattr(Config, name)}
+        settings = textwrap.fill(f"settings  {listed(settings) or 'all as by default'}", 80,
+                                 subsequent_indent="          ", break_on_hyphens=False)
         log.info(f"data      {cfg.dataset}: {len(store)} images of {store.size} px\n"
                  f"          {store.summary}\n"
                  f"teacher   {cfg.teacher}: {teacher}\n"
                  f"student   {cfg.student}: {student}\n"
                  f"training  {cfg.epochs} epochs of {steps_per_epoch} steps, {dtype}, processes: "
-                 f"{self.world}\n"
-                 f"machine   {machine}\n"
+                 f"{world}\n"
+                 f"machine   {listed(models.environment(self.device))}\n"
                  f"{settings}\n"
                  f"run       {cfg.run_path}")
         if saved:
             log.info(f"continuing at step {saved['step']}, written at commit {saved['commit']}")
-        elif steps < 1000:
-            log.warning(f"          {len(store)} images in batches of {cfg.batch_size} are "
-                        f"{steps_per_epoch} steps an epoch, {steps} in all,\n          which "
-                        "teach little: raise --epochs or lower --batch_size")
+        elif total < 1000:
+            log.warning(f"          {total} steps teach little: raise --epochs or lower "
+                        "--batch_size")
 
-    @contextmanager
-    def start(self, step, steps_per_epoch):
+    def start(self, step, total):
         """Training begins: speeds, the time left and that of the next checkpoint count from now."""
         self.logged_at = self.saved_at = monotonic()
-        total = self.cfg.epochs * steps_per_epoch
         self.bar = data.progress(total=total, initial=step, desc=f"{self.cfg.epochs} epochs")
-        with self.bar, logging_redirect_tqdm([log]):  # lines stand above the bar
-            yield
+        return self.bar
 
     def add(self, **values):
         """Statistics of a step. Copies: the next replay of a CUDA graph overwrites them."""
@@ -462,52 +448,51 @@ class Journal:
             self.recent[name].append(value.detach().clone())
 
     def average(self, step, steps_per_epoch, rate, scaler):
-        """The statistics since the last line, averaged; the host waits for the device here.
+        """A line: the statistics since the last one, averaged; the host waits for the device here.
         Raises UserError where they are not finite; fp16 skips steps whose gradients are not."""
         seconds = monotonic() - self.logged_at
         self.logged_at += seconds
         speed = len(self.recent["loss"]) * self.cfg.batch_size / seconds
         if self.history:
             seconds += self.history[-1]["seconds"]
-        line = dict(epoch=step / steps_per_epoch, step=step)
-        means = {}
+        line = dict(epoch=step / steps_per_epoch, step=step, lr=rate, images_per_s=speed,
+                    seconds=seconds, memory_gb=models.peak_memory(self.device))
         for name, values in self.recent.items():
             values = torch.stack(values)
             if scaler.is_enabled():
                 values = values[values.isfinite()]
-            means[name] = values.float().mean() / self.world
-        stacked = torch.stack(list(means.values()))
-        if self.world > 1:
-            dist.all_reduce(stacked)
-        line |= zip(means, stacked.tolist(), strict=True)
-        line |= dict(lr=rate, memory_gb=models.peak_memory(self.device), images_per_s=speed,
-                     seconds=seconds)
-        for name in ("loss", "norm"):
-            if not math.isfinite(line[name]) and scaler.get_scale() <= 1:  # 1 if disabled
-                raise UserError(f"{name} {line[name]} before step {step}: lower --lr, or "
-                                "--precision fp32")
-        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
+            mean = values.float().mean()
+            if dist.is_initialized():
+                mean /= dist.get_world_size()
+                dist.all_reduce(mean)
+            line[name] = mean.item()
         self.recent.clear()
+        loss, norm = line["loss"], line["norm"]
+        if not math.isfinite(loss + norm) and scaler.get_scale() <= 1:  # 1 if disabled
+            raise UserError(f"loss {loss}, norm {norm} before step {step}: lower --lr, or "
+                            "--precision fp32")
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         self.history.append(line)
         return line
 
     def write(self, line, student):
         """Write a line of metrics.jsonl; at the end of an epoch also one for people, after some
         epochs with the accuracy of the student. `line` is the last of the history, too."""
-        if self.evaluator and line["epoch"] % self.cfg.eval_every == 0:
+        cfg, epoch = self.cfg, line["epoch"]
+        if cfg.eval_every and epoch % cfg.eval_every == 0:
             features = self.evaluator.features(student)
             quick = self.evaluator.evaluate(*features, probe=False)
             line |= {f"test_{name}": value for name, value in quick.items()}
             student.train()
             self.logged_at = monotonic()
-        if line["epoch"].is_integer():
+        if epoch.is_integer():
             terms = [f"{name} {value:.4f}" for name, value in line.items()
                      if name not in OWN_COLUMNS and value is not None]
             clock = tqdm.format_interval(line["seconds"])
-            log.info(f"epoch {line['epoch']:4.0f} of {self.cfg.epochs}  {'  '.join(terms)}  "
+            log.info(f"epoch {epoch:4.0f} of {cfg.epochs}  {'  '.join(terms)}  "
                      f"{line['images_per_s']:6.0f} images/s  {clock}")
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write_atomically(self.cfg.run_path / "metrics.jsonl", lambda path: path.write_text(lines))
+        write_atomically(cfg.run_path / "metrics.jsonl", lambda path: path.write_text(lines))
 
     def save(self, line, stopping, identity, distiller, parts):
         """Write checkpoint_epoch_N.pth if it is kept, then checkpoint_latest.pth if it is due. The
@@ -522,8 +507,13 @@ class Journal:
             models.save_checkpoint(
                 cfg.run_path / name, step=line["step"], epoch=epoch, history=self.history,
                 student=distiller.evaluated.net.state_dict(), identity=identity,
-                config=asdict(cfg), commit=models.environment(self.device)["commit"],
+                config=vars(cfg), commit=models.environment(self.device)["commit"],
                 **{name: part.state_dict() for name, part in parts.items()})
+
+
+def listed(pairs):
+    """'epochs 5, lr 0.1'"""
+    return ", ".join(f"{name} {value}" for name, value in pairs.items())
 
 
 # ================================================================ the end, and several processes
@@ -564,49 +554,43 @@ def processes(cfg):
         dist.destroy_process_group()
 
 
-def barrier(world):
+def barrier():
     """Wait for all processes: torchrun ends the others when the first one fails."""
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()
 
 
-@contextmanager
-def stop_signals():
-    """Yield a list that collects SIGINT and SIGTERM. A second Ctrl-C ends the process; torchrun and
-    SLURM send each signal twice as a matter of course."""
-    received, before = [], {}
+def stop_signals(stack):
+    """A list that collects SIGINT and SIGTERM until `stack` closes. A second Ctrl-C ends the
+    process; torchrun and SLURM send each signal twice as a matter of course."""
+    received = []
 
     def receive(number, frame):
         received.append(number)
         if number == signal.SIGINT and "RANK" not in os.environ:
-            signal.signal(number, before[number])
+            signal.signal(number, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        stack.callback(signal.signal, number, signal.signal(number, receive))
+    return received
 
 
-def must_stop(received, step, steps_per_epoch, world):
+def must_stop(received, step):
     """Whether to stop after this step; all processes return the same."""
-    if world == 1:
+    if not dist.is_initialized():
         return bool(received)
-    if step % STOP_STEPS and step % steps_per_epoch:
+    if step % STOP_STEPS:
         return False
     flag = torch.tensor([len(received)])  # on the CPU: no GPU has to wait
     dist.all_reduce(flag)
     return bool(flag)
 
 
-def leave(cfg, step, received, world):
-    """End the process after a signal."""
-    how = "the same command" if cfg.resume else "the same command without --no_resume"
-    log.info(f"stopped after step {step}; run {how} to continue")
-    barrier(world)
-    raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
+def leave(step, received):
+    """End the process after a signal, which another one may have received."""
+    log.info(f"stopped after step {step}; run the same command to continue, without --no_resume")
+    barrier()
+    raise SystemExit(128 + max(received, default=signal.SIGTERM))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def test_a_signal_saves_says_how_to_go_on_and_sets_the_status(tmp_path, undistur
 
 def test_a_second_signal_ends_the_process_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with train.stop_signals() as received:
+    with contextlib.ExitStack() as stack:
+        received = train.stop_signals(stack)
         os.kill(os.getpid(), signal.SIGINT)
         assert received == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
@@ -131,7 +132,8 @@ def test_a_run_that_began_afresh_is_told_to_continue_without_no_resume(tiny, mon
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 3, signal.SIGTERM)
         train.main(cfg)
-    assert "the same command without --no_resume" in (cfg.run_path / "train.log").read_text()
+    assert "same command to continue, without --no_resume" in (
+        cfg.run_path / "train.log").read_text()
     assert train.main(dataclasses.replace(cfg, resume=True))["step"] == 10
 
 

@@ -356,7 +356,7 @@ def test_muon_updates_matrices_orthogonally_and_all_else_as_adamw():
     start = [torch.randn(24, 8, 3, 3), torch.randn(40, 10), torch.randn(24), torch.randn(1, 5, 8)]
     ours, theirs = ([value.clone().requires_grad_() for value in start] for _ in range(2))
     muon = train.Muon([dict(params=ours, weight_decay=0.1)], 0.01, torch.float32)
-    adamw = torch.optim.AdamW(theirs, 0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    adamw = torch.optim.AdamW(theirs, 0.01, weight_decay=0.1)
     for _ in range(3):
         before = [p.detach().clone() for p in ours]
         for p, q in zip(ours, theirs, strict=True):

@@ -59,10 +59,11 @@ def time_reduce() -> list:
     return rows
 
 
-def average_in_bf16(module, world: int) -> None:
+def average_in_bf16(module) -> None:
     """`train.average_gradients` with half the bytes."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = (torch.cat([gradient.flatten() for gradient in gradients]) / world).bfloat16()
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
+    flat = flat.bfloat16()
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
