@@ -303,7 +303,7 @@ def with_settings(args, cfg):
         cfg = replace(cfg, label_column="", test_split="")
     given = {name: value for name, value in vars(args).items() if value and hasattr(cfg, name)}
     cfg = replace(cfg, **given)
-    return validate(cfg, data=[cfg.dataset])
+    return validate(cfg, cfg.dataset)
 
 
 def main(args, cfg=None):
