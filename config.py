@@ -142,9 +142,9 @@ def slug(name):
 
 
 def suggestion(name, known):
-    """'; did you mean x or y?', or nothing."""
-    close = difflib.get_close_matches(name, known)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    """'; did you mean x?', or nothing."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def check_dataset(name):
@@ -218,9 +218,8 @@ def parse(cls, argv):
     known, unknown = make_parser(cls).parse_known_args(argv)
     given = vars(known)
     settings = read_preset(given.pop("preset", "")) | given
-    flags = [f"--{name}" for name in cls.__annotations__]
     words = [word for word in unknown if word.startswith("-")] or unknown
-    found = [f"unknown {word}{suggestion(word, flags)}" for word in words]
+    found = [f"unknown {word}{suggestion(word.lstrip('-'), cls.__annotations__)}" for word in words]
     return validate(cls(**settings), found=found)
 
 
