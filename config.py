@@ -168,7 +168,8 @@ def validate(cfg, *datasets, found=()):
         default = getattr(type(cfg), name)
         if name in CHOICES and value not in [default, *CHOICES[name].split("|")]:
             found.append(f"--{name} {value}: not one of {CHOICES[name]}")
-        low, high = LOWEST.get(name, 0), HIGHEST.get(name, 1e9)
+        low = LOWEST.get(name, 0)
+        high = HIGHEST.get(name, 1e9)
         is_right = isinstance(value, int | float) and low <= value <= high
         if isinstance(default, int | float) and not is_right:
             found.append(f"--{name} {value}: must be from {low} to {high:g}")
@@ -199,7 +200,8 @@ def make_parser(cls):
         if not name:
             group = parser.add_argument_group(text)
             continue
-        kind, default = cls.__annotations__[name], getattr(cls, name)
+        kind = cls.__annotations__[name]
+        default = getattr(cls, name)
         if default != "":
             text += f" (default: {default})"
         if kind is bool:
@@ -225,8 +227,10 @@ def parse(cls, argv):
 
 def read_preset(name):
     """The settings of a preset, or of a file that a run has written. Raises UserError."""
-    if not name or name in PRESETS:
-        return PRESETS.get(name, {})
+    if not name:
+        return {}
+    if name in PRESETS:
+        return PRESETS[name]
     path = Path(name)
     if path.is_dir():
         path /= "config.json"

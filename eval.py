@@ -43,7 +43,8 @@ def knn_predict(train, labels, queries, k=K):
     """Weighted k-NN on the cosine, with votes exp(cos / 0.07): predicted labels int64 [Q].
     train [I, D], labels int64 [I] >= 0, queries [Q, D]. The cosines are one float32 product."""
     train = F.normalize(train.float(), dim=1)
-    classes, predicted = int(labels.max()) + 1, []
+    classes = int(labels.max()) + 1
+    predicted = []
     for some in F.normalize(queries.float(), dim=1).split(512):
         cos, near = (some @ train.T).topk(min(k, len(train)))
         weights = ((cos - 1) / TEMPERATURE).exp()  # minus 1: the same order, without overflow
@@ -69,7 +70,8 @@ def fit_probe(x, y, C, w, tolerance=1e-5):
         total = w[:, :-1].square().sum() / (2 * C * len(x))
         total.backward()
         for some, labels in zip(x.split(8192), y.split(8192), strict=True):  # bounds the memory
-            loss = F.cross_entropy(probe(w, some), labels, reduction="sum") / len(x)
+            scores = probe_scores(w, some)
+            loss = F.cross_entropy(scores, labels, reduction="sum") / len(x)
             loss.backward()
             total += loss
         return total.detach()
@@ -78,7 +80,7 @@ def fit_probe(x, y, C, w, tolerance=1e-5):
     return w.detach()
 
 
-def probe(w, x):
+def probe_scores(w, x):
     """Scores of the classes: [I, classes]."""
     return F.linear(x, w[:, :-1], w[:, -1])
 
@@ -90,21 +92,25 @@ def accuracy(predicted, labels):
 def linear_probe(train, labels, test):
     """Standardise, choose C on a tenth of train, refit on all of it -> (predictions int64, C).
     C grows until the accuracy falls; each fit starts from the last. Test features are used once."""
-    mean, std = train.double().mean(0), train.double().std(0, correction=0).clamp_min(1e-8)
-    train, test = (train - mean) / std, (test - mean) / std
+    mean = train.double().mean(0)
+    std = train.double().std(0, correction=0).clamp_min(1e-8)
+    train = (train - mean) / std
+    test = (test - mean) / std
     order = np.random.default_rng(0).permutation(len(train))
     # Below ten images none is held out: all scores are NaN, and max takes the first, smallest C.
     held, rest = np.split(order, [len(order) // HOLDOUT])
     w = train.new_zeros(int(labels.max()) + 1, train.shape[1] + 1)
-    scores, fits = {}, {}
+    scores = {}
+    fits = {}
     for C in data.progress(STRENGTHS, "linear probe"):
         w = fits[C] = fit_probe(train[rest].float(), labels[rest], C, w, tolerance=1e-4)
-        scores[C] = accuracy(probe(w, train[held].float()).argmax(1), labels[held])
+        predicted = probe_scores(w, train[held].float()).argmax(1)
+        scores[C] = accuracy(predicted, labels[held])
         if scores[C] < max(scores.values()):
             break
     C = max(scores, key=scores.get)
     w = fit_probe(train, labels, C, fits[C])
-    return probe(w, test).argmax(1), C
+    return probe_scores(w, test).argmax(1), C
 
 
 class Evaluator:
@@ -116,7 +122,8 @@ class Evaluator:
 
     def __init__(self, cfg, max_train=0, max_test=0):
         cfg = on_dataset(cfg, cfg.eval_dataset)
-        self.cfg, self.device = cfg, models.pick_device(cfg.device)
+        self.cfg = cfg
+        self.device = models.pick_device(cfg.device)
         dtype = models.pick_dtype(cfg.precision, self.device)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.train = data.open_store(cfg, cfg.train_split, cfg.max_samples)
@@ -126,7 +133,8 @@ class Evaluator:
             if cfg.test_split:
                 raise
             self.test = self.train
-        train_rows, test_rows = np.arange(len(self.train)), np.arange(len(self.test))
+        train_rows = np.arange(len(self.train))
+        test_rows = np.arange(len(self.test))
         if self.test.split == self.train.split:
             print("no other split: a tenth of the training images is held out of k-NN and probe")
             self.test = self.train
@@ -136,7 +144,8 @@ class Evaluator:
         labels_test = self.test.labels(cfg.label_column)
         self.train_rows = with_labels(labels, train_rows, max_train)
         self.test_rows = with_labels(labels_test, test_rows, max_test)
-        names, names_test = labels[self.train_rows], labels_test[self.test_rows]
+        names = labels[self.train_rows]
+        names_test = labels_test[self.test_rows]
         numbers, classes = pandas.factorize(np.concatenate([names, names_test]), sort=True)
         self.classes = classes.tolist()
         self.y, self.y_test = torch.from_numpy(numbers).tensor_split([len(names)])  # -1: no label
@@ -186,9 +195,9 @@ class Evaluator:
 
     def kept_cls(self, teacher, store, rows):
         """`cls` of a teacher, in the cache from its first evaluation on these images on."""
-        path = Path(self.cfg.cache_dir, "features", (
-            f"{teacher.fingerprint}-{teacher.image_size}-{self.autocast.fast_dtype}-"
-            f"{store.fingerprint}-{zlib.crc32(rows):x}.f32"))
+        name = (f"{teacher.fingerprint}-{teacher.image_size}-{self.autocast.fast_dtype}-"
+                f"{store.fingerprint}-{zlib.crc32(rows):x}.f32")
+        path = Path(self.cfg.cache_dir, "features", name)
         data.make_once(path, lambda part: self.cls(teacher, store, rows).numpy().tofile(part))
         kept = torch.from_numpy(np.fromfile(path, np.float32)).view(-1, teacher.cls_dim)
         some = self.cls(teacher, store, rows[:data.CHUNK])

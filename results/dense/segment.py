@@ -69,11 +69,11 @@ def probe(x: torch.Tensor, y: torch.Tensor, queries: torch.Tensor) -> tuple[torc
     found, w = {}, x.new_zeros(CLASSES, x.shape[1] + 1)
     for C in STRENGTHS:
         w = evaluation.fit_probe(x[held:], y[held:], C, w, tolerance=1e-4)
-        predicted = evaluation.probe(w, x[:held]).argmax(1)
+        predicted = evaluation.probe_scores(w, x[:held]).argmax(1)
         found[C] = evaluation.accuracy(predicted, y[:held])
     best = max(found, key=found.get)
     w = evaluation.fit_probe(x, y, best, w)
-    return evaluation.probe(w, queries).argmax(1), best
+    return evaluation.probe_scores(w, queries).argmax(1), best
 
 
 def iou(predicted: torch.Tensor, true: torch.Tensor) -> float:
