@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import huggingface_hub as hub
+from huggingface_hub import constants as hub
+from huggingface_hub.utils import get_session
 
 from demo.shapes import shapes
 
@@ -104,7 +105,7 @@ class Config:
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluate checkpoints. What is left empty is as in the first checkpoint."""
-    checkpoints: list = ()  # checkpoint files or run folders; a row of the table each
+    checkpoints: list = ()
     # data
     dataset: str = ""  # evaluate on other images, with or without labels, in train.py's forms
     dataset_config: str = ""  # configuration of dataset, if it has several
@@ -123,17 +124,16 @@ class EvalConfig:
     precision: str = ""  # of the networks
 
 
-MAY_CHANGE = {  # when a run is continued
-    *"dataset dataset_config image_column cache_dir eval_dataset test_split label_column".split(),
-    *"eval_every eval_at_end teacher_weights student_weights epochs run_dir resume".split(),
-    *"device precision compile log_every save_every".split()}
-CHOICES = dict(pool=["cls", "mean"], head=["auto", "pca", "linear"], device=["auto", "cuda", "cpu"],
-               precision=["auto", "bf16", "fp16", "fp32"], compile=["auto", "on", "off"],
-               optimiser=["adamw", "muon"])
+MAY_CHANGE = """
+    dataset dataset_config image_column cache_dir eval_dataset test_split label_column eval_every
+    eval_at_end teacher_weights student_weights epochs run_dir resume device precision compile
+    log_every save_every""".split()  # when a run is continued
+CHOICES = dict(pool="cls|mean", head="auto|pca|linear", device="auto|cuda|cpu",
+               precision="auto|bf16|fp16|fp32", compile="auto|on|off", optimiser="adamw|muon")
 LOWEST = dict(epochs=1, batch_size=1, log_every=1, crop_scale=0.01, teacher_size=8,
               student_size=8)  # others: 0
 HIGHEST = dict(crop_scale=1, stored_size=4096, teacher_size=4096, student_size=4096,
-               teacher_views=1000, seed=2**31 - 1)  # others: 1e9
+               teacher_views=1000, seed=2_147_483_647)  # others: 1e9
 
 
 def slug(name):
@@ -141,34 +141,38 @@ def slug(name):
     return re.sub(r"[^\w.]+", "_", Path(name).resolve().name).lower()[-60:] if name else ""
 
 
-def suggestion(name, known, dashes=""):
-    """'; did you mean x or y?', or nothing."""
-    close = [dashes + match for match in difflib.get_close_matches(name, list(known))]
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+def suggestion(name, known):
+    """'; did you mean x?', or nothing."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
-def wrong_dataset(name):
-    """Why no data set of this name can be looked for, or ""."""
-    is_folder = name and Path(name).is_dir()
+def check_dataset(name):
+    """Raise UserError where no data set of this name can be looked for."""
+    is_folder = os.path.isdir(name)
     if name in DATASETS and is_folder:
-        return (f"{name} is a named data set, and a folder here: write ./{name} for the folder, or "
-                "start where there is none")
-    if name in DATASETS or is_folder or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
-        return ""
-    return (f"no data set {name!r}: --dataset takes a folder, owner/name or owner/name@revision on "
-            f"the Hub, {', '.join(DATASETS)}")
+        raise UserError(f"{name} is a named data set, and a folder here: write ./{name} for the "
+                        "folder, or start where there is none")
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)
+    if not (name in DATASETS or is_folder or on_hub):
+        raise UserError(f"no data set {name!r}: --dataset takes a folder, owner/name or "
+                        f"owner/name@revision on the Hub, {', '.join(DATASETS)}")
 
 
-def validate(cfg, found=(), data=()):
-    """Return cfg. Raises UserError: problems in `found`, unknown `data` sets, bad values."""
-    found = [*found, *filter(None, map(wrong_dataset, dict.fromkeys(data)))]
+def validate(cfg, *datasets, found=()):
+    """Return cfg. Raises UserError: an unknown data set, problems `found` before, bad values."""
+    for name in datasets:
+        check_dataset(name)
+    found = [*found]
     for name, value in vars(cfg).items():
-        low, high, choices = LOWEST.get(name, 0), HIGHEST.get(name, 1e9), CHOICES.get(name)
-        if choices and value not in [*choices, getattr(type(cfg), name)]:  # "" of EvalConfig
-            found.append(f"--{name} {value}: not one of {', '.join(choices)}")
-        elif cfg.__annotations__[name] in (int, float):
-            if not (isinstance(value, int | float) and low <= value <= high):
-                found.append(f"--{name} {value}: must be from {low} to {high:g}")
+        default = getattr(type(cfg), name)
+        if name in CHOICES and value not in [default, *CHOICES[name].split("|")]:
+            found.append(f"--{name} {value}: not one of {CHOICES[name]}")
+        low = LOWEST.get(name, 0)
+        high = HIGHEST.get(name, 1e9)
+        is_right = isinstance(value, int | float) and low <= value <= high
+        if isinstance(default, int | float) and not is_right:
+            found.append(f"--{name} {value}: must be from {low} to {high:g}")
     if isinstance(cfg, Config) and cfg.cls_weight == cfg.patch_weight == 0:
         found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
     if found:
@@ -179,32 +183,34 @@ def validate(cfg, found=(), data=()):
 def make_parser(cls):
     """The command line of Config or EvalConfig. What the source says beside a field is its help.
     Flags that are not given have no value."""
-    what = "" if cls is Config else "checkpoint ... "
     parser = argparse.ArgumentParser(
-        usage=f"%(prog)s {what}[--setting value ...]", description=cls.__doc__, allow_abbrev=False,
+        usage="%(prog)s [--setting value ...]", description=cls.__doc__, allow_abbrev=False,
         exit_on_error=False, argument_default=argparse.SUPPRESS)
     if cls is Config:
-        parser.add_argument("--preset", metavar=f"{'|'.join(PRESETS)}|FILE.json",
+        parser.add_argument("--preset", metavar="demo|large|FILE.json",
                             help="settings to start from; a run's folder or config.json: its "
                             "settings, for another --run_dir")
+    else:
+        parser.usage = "%(prog)s checkpoint ... [--setting value ...]"
+        parser.add_argument("checkpoints", nargs="+",
+                            help="checkpoint files or run folders; a row of the table each")
     group = parser
     # A line "    # loss" begins a section, "    epochs: int = 50  # passes over the data" a flag.
     for name, text in re.findall(r"^    (?:(\w+): .*  )?# (.*)$", inspect.getsource(cls), re.M):
-        kind = cls.__annotations__.get(name)
-        default = getattr(cls, name, "")
         if not name:
             group = parser.add_argument_group(text)
-        elif kind is list:
-            parser.add_argument(name, nargs="+", help=text)
-        elif kind is bool:
-            text += " (default: on)" if default else " (default: off)"
+            continue
+        kind = cls.__annotations__[name]
+        default = getattr(cls, name)
+        if default != "":
+            text += f" (default: {default})"
+        if kind is bool:
             group.add_argument(f"--{name}", action="store_true", help=text)
             group.add_argument(f"--no_{name}", dest=name, action="store_false")
         else:
-            text += f" (default: {default})" if default != "" else ""
-            form = "|".join(CHOICES.get(name, [kind.__name__]))
             # A shell leaves the tilde of --dataset=~/images alone.
             read = os.path.expanduser if kind is str else kind
+            form = CHOICES.get(name, kind.__name__)
             group.add_argument(f"--{name}", type=read, metavar=form, help=text)
     return parser
 
@@ -214,23 +220,25 @@ def parse(cls, argv):
     known, unknown = make_parser(cls).parse_known_args(argv)
     given = vars(known)
     settings = read_preset(given.pop("preset", "")) | given
-    found = []
-    for word in [word for word in unknown if word.startswith("-")] or unknown:
-        name = word.split("=")[0].lstrip("-").replace("-", "_")
-        found.append(f"unknown {word}{suggestion(name, cls.__annotations__, '--')}")
-    return validate(cls(**settings), found)
+    words = [word for word in unknown if word.startswith("-")] or unknown
+    found = [f"unknown {word}{suggestion(word.lstrip('-'), cls.__annotations__)}" for word in words]
+    return validate(cls(**settings), found=found)
 
 
 def read_preset(name):
     """The settings of a preset, or of a file that a run has written. Raises UserError."""
-    if not name or name in PRESETS:
-        return PRESETS.get(name, {})
-    path = Path(name, "config.json") if Path(name).is_dir() else Path(name)
+    if not name:
+        return {}
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if path.is_dir():
+        path /= "config.json"
     try:
         return vars(Config(**json.loads(path.read_text())))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--preset {name}: neither {' nor '.join(PRESETS)} nor a config.json of "
-                        f"this version ({error})") from error
+        raise UserError(f"--preset {name}: neither demo nor large nor a config.json of this "
+                        f"version ({error})") from error
 
 
 def cli(main, cls):
@@ -264,8 +272,7 @@ def write_atomically(path, write):
     except OSError as error:  # such as a full disk
         raise UserError(f"cannot write {path}: {reason(error)}") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
 
 
@@ -288,15 +295,14 @@ def from_hub(what, instead, load, *arguments, **options):
     """load(*arguments, **options), which may download. Raises UserError.
     If the Hub does not respond in five seconds, its libraries go offline and do not retry."""
     try:
-        if not hub.constants.HF_HUB_OFFLINE:
-            hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=5)
+        get_session().head(hub.ENDPOINT, timeout=5)  # fails at once where HF_HUB_OFFLINE is set
     except Exception:  # the class depends on the HTTP library of the installed version
-        hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         return load(*arguments, **options)
     except Exception as error:
         why = "responds, so the name may be wrong or private; if it is right, try again later"
-        if hub.constants.HF_HUB_OFFLINE:
+        if hub.HF_HUB_OFFLINE:
             why = "does not respond, and it was not downloaded before"
-        raise UserError(f"cannot get {what}: {hub.constants.ENDPOINT} {why} ({reason(error)}).\n"
+        raise UserError(f"cannot get {what}: {hub.ENDPOINT} {why} ({reason(error)}).\n"
                         f"Without a network: {instead}, or --preset demo") from error

@@ -12,9 +12,9 @@ from config import Config, EvalConfig, UserError, cli, printable, slug, validate
 
 # isort: split
 # config comes before torch: it sets how torch's threads wait.
-import hashlib
 import json
 import math
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from timeit import timeit
@@ -23,8 +23,7 @@ import numpy as np
 import pandas
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -32,20 +31,20 @@ import model as models
 
 TEMPERATURE = 0.07  # of k-NN votes, as in DINO
 K = 20  # neighbours
-STRENGTHS = [10.0**e for e in range(-5, 3)]  # C of the probe, smallest first
+STRENGTHS = [1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0]  # C of the probe, smallest first
 HOLDOUT = 10  # C is chosen on one training image of so many
 COMPARED = 1024  # test images on which student and teacher are compared directly
-COLUMNS = [  # of the table: key of a row, title, format
-    ("model", "model", "{}"), ("knn20", "k-NN", "{:.1%}"), ("linear", "linear", "{:.1%}"),
-    ("keeps_knn20", "keeps k-NN", "{:.1%}"), ("keeps_linear", "keeps linear", "{:.1%}"),
-    ("params_m", "M parameters", "{:.2f}"), ("images_per_s", "images/s", "{:.0f}")]
+TITLES = dict(  # of the table: key of a row -> title
+    model="model", knn20="k-NN", linear="linear", keeps_knn20="keeps k-NN",
+    keeps_linear="keeps linear", params_m="M parameters", images_per_s="images/s")
 
 
-def knn_predict(train: Tensor, labels: Tensor, queries: Tensor, k: int = K) -> Tensor:
+def knn_predict(train, labels, queries, k=K):
     """Weighted k-NN on the cosine, with votes exp(cos / 0.07): predicted labels int64 [Q].
     train [I, D], labels int64 [I] >= 0, queries [Q, D]. The cosines are one float32 product."""
     train = F.normalize(train.float(), dim=1)
-    classes, predicted = int(labels.max()) + 1, []
+    classes = int(labels.max()) + 1
+    predicted = []
     for some in F.normalize(queries.float(), dim=1).split(512):
         cos, near = (some @ train.T).topk(min(k, len(train)))
         weights = ((cos - 1) / TEMPERATURE).exp()  # minus 1: the same order, without overflow
@@ -61,29 +60,29 @@ def fit_probe(x, y, C, w, tolerance=1e-5):
     on the bias, as scikit-learn's LogisticRegression(C): by full-batch L-BFGS from w, until no
     entry of the gradient is above tolerance."""
     if len(w) == 2:
-        C = C / 2  # of two classes scikit-learn has one vector, the difference of these
+        C /= 2  # of two classes scikit-learn has one vector, the difference of these
     w = w.to(x, copy=True).requires_grad_()
     optimiser = torch.optim.LBFGS([w], max_iter=1000, tolerance_grad=tolerance,
                                   tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        loss = w[:, :-1].square().sum() / (2 * C * len(x))
-        loss.backward()
-        total = loss.detach()
+        total = w[:, :-1].square().sum() / (2 * C * len(x))
+        total.backward()
         for some, labels in zip(x.split(8192), y.split(8192), strict=True):  # bounds the memory
-            scores = F.linear(some, w[:, :-1], w[:, -1])
+            scores = probe_scores(w, some)
             loss = F.cross_entropy(scores, labels, reduction="sum") / len(x)
             loss.backward()
-            total += loss.detach()
-        return total
+            total += loss
+        return total.detach()
 
     optimiser.step(closure)
     return w.detach()
 
 
-def probe_predict(w, features):
-    return F.linear(features, w[:, :-1], w[:, -1]).argmax(1)
+def probe_scores(w, x):
+    """Scores of the classes: [I, classes]."""
+    return F.linear(x, w[:, :-1], w[:, -1])
 
 
 def accuracy(predicted, labels):
@@ -93,20 +92,25 @@ def accuracy(predicted, labels):
 def linear_probe(train, labels, test):
     """Standardise, choose C on a tenth of train, refit on all of it -> (predictions int64, C).
     C grows until the accuracy falls; each fit starts from the last. Test features are used once."""
-    mean, std = train.double().mean(0), train.double().std(0, correction=0).clamp_min(1e-8)
-    train, test = (train - mean) / std, (test - mean) / std
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(train))).to(train.device)
+    mean = train.double().mean(0)
+    std = train.double().std(0, correction=0).clamp_min(1e-8)
+    train = (train - mean) / std
+    test = (test - mean) / std
+    order = np.random.default_rng(0).permutation(len(train))
     # Below ten images none is held out: all scores are NaN, and max takes the first, smallest C.
-    held, rest = order.tensor_split([len(order) // HOLDOUT])
+    held, rest = np.split(order, [len(order) // HOLDOUT])
     w = train.new_zeros(int(labels.max()) + 1, train.shape[1] + 1)
-    scores, fits = {}, {}
+    scores = {}
+    fits = {}
     for C in data.progress(STRENGTHS, "linear probe"):
         w = fits[C] = fit_probe(train[rest].float(), labels[rest], C, w, tolerance=1e-4)
-        scores[C] = accuracy(probe_predict(w, train[held].float()), labels[held])
+        predicted = probe_scores(w, train[held].float()).argmax(1)
+        scores[C] = accuracy(predicted, labels[held])
         if scores[C] < max(scores.values()):
             break
     C = max(scores, key=scores.get)
-    return probe_predict(fit_probe(train, labels, C, fits[C]), test), C
+    w = fit_probe(train, labels, C, fits[C])
+    return probe_scores(w, test).argmax(1), C
 
 
 class Evaluator:
@@ -118,7 +122,8 @@ class Evaluator:
 
     def __init__(self, cfg, max_train=0, max_test=0):
         cfg = on_dataset(cfg, cfg.eval_dataset)
-        self.cfg, self.device = cfg, models.pick_device(cfg.device)
+        self.cfg = cfg
+        self.device = models.pick_device(cfg.device)
         dtype = models.pick_dtype(cfg.precision, self.device)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.train = data.open_store(cfg, cfg.train_split, cfg.max_samples)
@@ -128,7 +133,8 @@ class Evaluator:
             if cfg.test_split:
                 raise
             self.test = self.train
-        train_rows, test_rows = np.arange(len(self.train)), np.arange(len(self.test))
+        train_rows = np.arange(len(self.train))
+        test_rows = np.arange(len(self.test))
         if self.test.split == self.train.split:
             print("no other split: a tenth of the training images is held out of k-NN and probe")
             self.test = self.train
@@ -138,16 +144,15 @@ class Evaluator:
         labels_test = self.test.labels(cfg.label_column)
         self.train_rows = with_labels(labels, train_rows, max_train)
         self.test_rows = with_labels(labels_test, test_rows, max_test)
-        names, names_test = labels[self.train_rows], labels_test[self.test_rows]
+        names = labels[self.train_rows]
+        names_test = labels_test[self.test_rows]
         numbers, classes = pandas.factorize(np.concatenate([names, names_test]), sort=True)
         self.classes = classes.tolist()
-        counts = len(names), len(names_test)
-        self.y, self.y_test = torch.from_numpy(numbers).split(counts)  # -1: no label
-        problem = why_not_classified(labels, {*names} - {None}, {*names_test} - {None})
+        self.y, self.y_test = torch.from_numpy(numbers).tensor_split([len(names)])  # -1: no label
+        problem = why_not_classified(labels, names, names_test)
         self.labelled = not problem
         if problem and cfg.label_column:
-            raise UserError(f"--label_column {cfg.label_column}: no labels there in both splits "
-                            f"({problem})")
+            raise UserError(f"--label_column {cfg.label_column}: {problem}")
         if problem:
             print(f"no k-NN, no probe: {problem}")
 
@@ -167,41 +172,38 @@ class Evaluator:
                     images=[self.train.fingerprint, self.test.fingerprint],
                     precision=self.cfg.precision)
 
-    def embed(self, backbone, store, rows, name):
+    def embed(self, backbone, store, rows):
         """Yield whole stored images uint8 [B, 3, S, S] on the device, and their Features."""
-        parts = data.progress(data.chunks(rows), f"features of {name}")
+        name = "teacher" if hasattr(backbone, "fingerprint") else "student"
+        parts = data.progress(data.chunks(rows), f"features of the {name}")
         for _, images in data.read(parts, self.device, store.images):
             with torch.inference_mode(), self.autocast:
                 features = backbone(data.render(images, backbone.image_size))
             yield images, features
 
-    def features(self, backbone, name="the student"):
+    def features(self, backbone):
         """CLS embeddings of the training and test images: float32 [I, D], [Q, D] on the CPU."""
         backbone.eval().to(self.device)
-        return [torch.cat([features.cls.float().cpu().clone()  # a view would keep all tokens
-                           for _, features in self.embed(backbone, store, rows, name)])
-                for store, rows in ((self.train, self.train_rows), (self.test, self.test_rows))]
+        find = self.kept_cls if hasattr(backbone, "fingerprint") else self.cls  # of a teacher kept
+        return (find(backbone, self.train, self.train_rows),
+                find(backbone, self.test, self.test_rows))
 
-    def kept_features(self, teacher):
-        """`features` of a teacher, in the cache from its first evaluation on these images on."""
-        key = [teacher.fingerprint, teacher.image_size, self.autocast.fast_dtype,
-               self.train.fingerprint, self.test.fingerprint]
-        digest = hashlib.sha256(repr(key).encode())
-        digest.update(self.train_rows)
-        digest.update(self.test_rows)
-        path = Path(self.cfg.cache_dir, "features", f"{digest.hexdigest()[:12]}.safetensors")
+    def cls(self, backbone, store, rows):
+        """CLS embeddings of some images: float32 [rows, D] on the CPU."""
+        return torch.cat([features.cls.float().cpu().clone()  # a view would keep all tokens
+                          for _, features in self.embed(backbone, store, rows)])
 
-        def make(temporary):
-            train, test = self.features(teacher, "the teacher")
-            temporary.write_bytes(save(dict(train=train, test=test)))
-
-        data.make_once(path, make)
-        kept = load(path.read_bytes())
-        _, some = next(self.embed(teacher, self.test, self.test_rows[:data.CHUNK], "the teacher"))
-        same = F.cosine_similarity(some.cls.float().cpu(), kept["test"][:data.CHUNK])
-        if same.min() < 0.99:
+    def kept_cls(self, teacher, store, rows):
+        """`cls` of a teacher, in the cache from its first evaluation on these images on."""
+        name = (f"{teacher.fingerprint}-{teacher.image_size}-{self.autocast.fast_dtype}-"
+                f"{store.fingerprint}-{zlib.crc32(rows):x}.f32")
+        path = Path(self.cfg.cache_dir, "features", name)
+        data.make_once(path, lambda part: self.cls(teacher, store, rows).numpy().tofile(part))
+        kept = torch.from_numpy(np.fromfile(path, np.float32)).view(-1, teacher.cls_dim)
+        some = self.cls(teacher, store, rows[:data.CHUNK])
+        if (F.cosine_similarity(some, kept[:data.CHUNK]) < 0.99).any():
             raise UserError(f"{path} holds features of other code: delete it")
-        return kept["train"], kept["test"]
+        return kept
 
     def evaluate(self, train, test, probe=True):
         """Accuracies, if there are labels; mean similarity of test embeddings [Q, D]."""
@@ -223,7 +225,7 @@ class Evaluator:
         distiller.load_state_dict(saved["objective"])
         found = []
         rows = data.subset(self.test_rows, COMPARED)
-        for images, features in self.embed(teacher, self.test, rows, "the teacher"):
+        for images, features in self.embed(teacher, self.test, rows):
             with self.autocast:
                 target = distiller.targets(features)
                 found.append(distiller(data.render(images, student.image_size), target)[1])
@@ -241,69 +243,65 @@ class Evaluator:
         return dict(images_per_s=8 * 64 / seconds, gflops=flops.get_total_flops() / 64e9)
 
     def row(self, name, backbone, folder=""):
-        """A row of the table. With a folder also its train.safetensors and test.safetensors:
-        embeddings float32 [I, D], labels int64 [I], -1 for none; the metadata has the names of
-        classes and images, as JSON."""
-        if hasattr(backbone, "fingerprint"):
-            train, test = self.kept_features(backbone)
-        else:
-            train, test = self.features(backbone, name)
+        """A row of the table. With a folder the embeddings are saved there, too."""
+        train, test = self.features(backbone)
         if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            for split, embeddings, y, store, rows in (
-                    ("train", train, self.y, self.train, self.train_rows),
-                    ("test", test, self.y_test, self.test, self.test_rows)):
-                names = dict(images=json.dumps(store.names(rows)), classes=json.dumps(self.classes))
-                file = Path(folder, f"{split}.safetensors")
-                save_file(dict(embeddings=embeddings, labels=y), file, names)
-                print(f"features: {file}")
+            self.save(folder, train, test)
         row = dict(model=name, params_m=backbone.parameter_count / 1e6, size=backbone.image_size)
         return row | self.evaluate(train, test) | self.speed(backbone)
+
+    def save(self, folder, train, test):
+        """Write train.safetensors and test.safetensors: embeddings float32 [I, D], labels
+        int64 [I], -1 for none; the metadata has the names of classes and images, as JSON."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for split, embeddings, y, store, rows in (
+                ("train", train, self.y, self.train, self.train_rows),
+                ("test", test, self.y_test, self.test, self.test_rows)):
+            names = dict(images=json.dumps(store.names(rows)), classes=json.dumps(self.classes))
+            file = Path(folder, f"{split}.safetensors")
+            save_file(dict(embeddings=embeddings, labels=y), file, names)
+        print(f"features: {folder}")
 
 
 def with_labels(labels, rows, count):
     """`count` of those `rows` that have a label; of all if none has."""
-    found = rows[[label is not None for label in labels[rows]]]
+    found = rows[pandas.notna(labels[rows])]
     return data.subset(found if len(found) else rows, count)
 
 
 def why_not_classified(labels, learned, asked):
     """Why test images cannot be classified, or "". Says which of their classes are unknown.
-    labels: of the whole training split; learned, asked: the classes of what is used."""
-    names = {*labels} - {None}
+    labels: of the whole training split; learned, asked: of what is used."""
+    names, learned, asked = ({*some} - {None} for some in (labels, learned, asked))
     if len(names) > max(50, len(labels) / 2):
         return f"{len(names)} labels of {len(labels)} images are no classes; see --label_column"
-    if not names and not asked:
-        return "the images have no labels"
-    unknown = sorted(map(printable, asked - learned))[:5]
     if len(learned | asked) < 2 or not learned & asked:
-        return (f"no two classes that both splits have; the test split has {unknown}, the training "
-                f"split {sorted(map(printable, learned - asked))[:5]}; see --label_column, "
-                "--test_split")
+        return (f"the training split has the classes {sorted(learned)[:5]}, the test split "
+                f"{sorted(asked)[:5]}; see --label_column, --test_split")
+    unknown = sorted(asked - learned)[:5]
     if unknown:
         print(f"test images of {unknown} count as mistakes: no training image is called so")
     return ""
 
 
-def on_dataset(cfg, dataset):
+def on_dataset(cfg, dataset, **changes):
     """A Config for another data set, if there is one, without what describes the training data;
-    label_column, test_split and all of the networks stay."""
+    all of the networks stay, and label_column and test_split unless they are changed."""
     if not dataset:
         return cfg
     return replace(cfg, dataset=dataset, eval_dataset="", dataset_config="", image_column="",
-                   train_split="train", max_samples=0)
+                   train_split="train", max_samples=0, **changes)
 
 
 def with_settings(args, cfg):
     """The Config of a checkpoint with what eval.py was given in its place. Raises UserError."""
     if not Path(cfg.cache_dir, "stores").is_dir():  # a stranger's file does not choose new places
         cfg = replace(cfg, cache_dir=Config.cache_dir)
-    cfg = on_dataset(cfg, args.dataset or cfg.eval_dataset)
-    if args.dataset:
-        cfg = replace(cfg, label_column="", test_split="")
+    cfg = on_dataset(cfg, cfg.eval_dataset)
+    cfg = on_dataset(cfg, args.dataset, label_column="", test_split="")
     given = {name: value for name, value in vars(args).items() if value and hasattr(cfg, name)}
     cfg = replace(cfg, **given)
-    return validate(cfg, data=[cfg.dataset])
+    return validate(cfg, cfg.dataset)
 
 
 def main(args, cfg=None):
@@ -311,67 +309,59 @@ def main(args, cfg=None):
     checkpoint's own, of a run whose data have moved since. Raises UserError."""
     if args.save_features and len(args.checkpoints) > 1:
         raise UserError("--save_features takes one checkpoint")
-    loaded = [models.load_checkpoint(path) for path in args.checkpoints]
-    settings = [with_settings(args, cfg or own) for _, own in loaded]
-    largest = max(max(own.stored_size, own.teacher_size, own.student_size) for own in settings)
-    at_largest = replace(settings[0], stored_size=largest)
+    loaded = [(saved, with_settings(args, cfg or own))
+              for saved, own in map(models.load_checkpoint, args.checkpoints)]
+    largest = max(max(own.stored_size, own.teacher_size, own.student_size) for _, own in loaded)
+    at_largest = replace(loaded[0][1], stored_size=largest)
     evaluator = Evaluator(at_largest, args.max_train, args.max_test)
     print(evaluator, flush=True)
-    rows, baselines = [], {}
+    rows = {}  # checkpoints may share a teacher or an untrained student, and so its row
 
-    def add(name, backbone, folder=""):
-        rows.append(evaluator.row(name, backbone, folder))
-        return rows[-1]
+    def add(key, name, backbone, folder=""):
+        if key not in rows:
+            rows[key] = evaluator.row(name, backbone, folder)
+        return rows[key]
 
-    for (saved, _), own in zip(loaded, settings, strict=True):
+    for saved, own in loaded:
         student = models.build_student(own, saved["student"])
-        if args.baselines:  # one row for all checkpoints that share them
-            teacher = load_same_teacher(saved, own)
-            best = teacher.fingerprint, own.teacher_size
-            if best not in baselines:
-                baselines[best] = add(f"teacher {own.teacher}", teacher)
-            untrained = own.student, own.student_args, own.student_size, own.pool, own.seed
-            if untrained not in baselines:
-                fresh = models.build_student(replace(own, student_weights=""))
-                baselines[untrained] = add("student, untrained", fresh)
+        if args.baselines:
+            teacher = models.load_teacher(own)
+            if teacher.fingerprint != saved["identity"]["teacher"]:
+                raise UserError(f"{own.teacher} has other weights now than in the run: "
+                                "--teacher_weights, import the fork that registers it, or "
+                                "--no_baselines")
+            best = add((teacher.fingerprint, own.teacher_size), f"teacher {own.teacher}", teacher)
+            untrained = models.build_student(replace(own, student_weights=""))
+            add((own.student, own.student_args, own.student_size, own.pool, own.seed),
+                "student, untrained", untrained)
         run = printable(saved["path"].resolve().parent.name) if len(loaded) > 1 else "student"
-        row = add(f"{run}, epoch {saved['epoch']:g}", student, args.save_features)
+        name = f"{run}, epoch {saved['epoch']:g}"
+        row = add(saved["path"], name, student, args.save_features)
         row |= dict(checkpoint=str(saved["path"]), step=saved["step"])
         if args.baselines:
-            row |= {f"keeps_{key}": row[key] / baselines[best][key] for key in ("knn20", "linear")
-                    if baselines[best].get(key)}
+            row |= {f"keeps_{key}": row[key] / best[key] for key in ("knn20", "linear")
+                    if best.get(key)}
             row |= evaluator.compare(saved, own, student, teacher)
-    for row in rows:
-        row |= evaluator.stated() | models.environment(evaluator.device)
+    about = evaluator.stated() | models.environment(evaluator.device)
+    rows = [row | about for row in rows.values()]
     write(args, loaded[0][0]["path"], rows)
     return rows
-
-
-def load_same_teacher(saved, cfg):
-    """The teacher of a checkpoint. Raises UserError where another one has its name now."""
-    teacher = models.load_teacher(cfg)
-    if teacher.fingerprint != saved["identity"]["teacher"]:
-        raise UserError(f"{cfg.teacher} has other weights now than in the run: --teacher_weights, "
-                        "import the fork that registers it, or --no_baselines")
-    return teacher
 
 
 def write(args, checkpoint, rows):
     """Write the rows beside the checkpoint, and print the table. Only the plain evaluation of a
     run's last checkpoint is eval.json: no other one overwrites it."""
-    asked = replace(args, cache_dir="", device="", precision="", teacher_weights="",
-                    save_features="")
     name = "eval.json"
-    if checkpoint.name != "checkpoint_latest.pth" or asked != EvalConfig(args.checkpoints[:1]):
-        digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:6]
-        name = f"eval-{slug(rows[0]['dataset'])}-{digest}.json"
+    if checkpoint.name != "checkpoint_latest.pth" or args != EvalConfig(args.checkpoints[:1]):
+        name = f"eval-{slug(rows[0]['dataset'])}-{zlib.crc32(str(args).encode()):x}.json"
     path = checkpoint.with_name(name)
     path.write_text(json.dumps(rows, indent=1) + "\n")
-    table = [{title: form.format(row[key]) for key, title, form in COLUMNS if key in row}
-             for row in rows]
-    table = pandas.DataFrame(table, columns=[title for _, title, _ in COLUMNS])
-    print(f"{table.dropna(axis=1, how='all').fillna('').to_string(index=False)}\n"
-          f"all numbers: {path}")
+    table = pandas.DataFrame(rows, columns=list(TITLES)).dropna(axis=1, how="all")
+    table = table.rename(columns=TITLES)
+    formats = dict.fromkeys(table, "{:.1%}".format)
+    formats |= {"model": str, "M parameters": "{:.2f}".format, "images/s": "{:.0f}".format}
+    print(table.to_string(index=False, na_rep="", formatters=formats))
+    print(f"all numbers: {path}")
 
 
 if __name__ == "__main__":

@@ -69,10 +69,11 @@ def probe(x: torch.Tensor, y: torch.Tensor, queries: torch.Tensor) -> tuple[torc
     found, w = {}, x.new_zeros(CLASSES, x.shape[1] + 1)
     for C in STRENGTHS:
         w = evaluation.fit_probe(x[held:], y[held:], C, w, tolerance=1e-4)
-        predicted = evaluation.probe_predict(w, x[:held])
+        predicted = evaluation.probe_scores(w, x[:held]).argmax(1)
         found[C] = evaluation.accuracy(predicted, y[:held])
     best = max(found, key=found.get)
-    return evaluation.probe_predict(evaluation.fit_probe(x, y, best, w), queries), best
+    w = evaluation.fit_probe(x, y, best, w)
+    return evaluation.probe_scores(w, queries).argmax(1), best
 
 
 def iou(predicted: torch.Tensor, true: torch.Tensor) -> float:
@@ -85,7 +86,7 @@ def segment(backbone: model.Backbone, evaluator: evaluation.Evaluator) -> dict:
     x, y = {}, {}
     for split, store in dict(train=evaluator.train, test=evaluator.test).items():
         rows = getattr(evaluator, f"{split}_rows")
-        embedded = evaluator.embed(backbone.eval(), store, rows, f"{split} images")
+        embedded = evaluator.embed(backbone.eval(), store, rows)
         x[split] = torch.cat([features.patches for _, features in embedded]).flatten(0, 1)
         y[split] = patch_labels(split, rows, backbone.grid)
     predicted, C = probe(x["train"], y["train"], x["test"])
