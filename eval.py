@@ -33,6 +33,7 @@ TEMPERATURE = 0.07  # of k-NN votes, as in DINO
 K = 20  # neighbours
 STRENGTHS = [1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0]  # C of the probe, smallest first
 HOLDOUT = 10  # C is chosen on one training image of so many
+FALL = 0.005  # of accuracy; less may be chance
 COMPARED = 1024  # test images on which student and teacher are compared directly
 TITLES = dict(  # of the table: key of a row -> title
     model="model", knn20="k-NN", linear="linear", keeps_knn20="keeps k-NN",
@@ -91,7 +92,7 @@ def accuracy(predicted, labels):
 
 def linear_probe(train, labels, test):
     """Standardise, choose C on a tenth of train, refit on all of it -> (predictions int64, C).
-    C grows until the accuracy falls; each fit starts from the last. Test features are used once."""
+    C grows until the accuracy falls; each fit starts from the last one."""
     mean = train.double().mean(0)
     std = train.double().std(0, correction=0).clamp_min(1e-8)
     train = (train - mean) / std
@@ -106,7 +107,7 @@ def linear_probe(train, labels, test):
         w = fits[C] = fit_probe(train[rest].float(), labels[rest], C, w, tolerance=1e-4)
         predicted = probe_scores(w, train[held].float()).argmax(1)
         scores[C] = accuracy(predicted, labels[held])
-        if scores[C] < max(scores.values()):
+        if scores[C] < max(scores.values()) - FALL:
             break
     C = max(scores, key=scores.get)
     w = fit_probe(train, labels, C, fits[C])
@@ -275,6 +276,8 @@ def why_not_classified(labels, learned, asked):
     names, learned, asked = ({*some} - {None} for some in (labels, learned, asked))
     if len(names) > max(50, len(labels) / 2):
         return f"{len(names)} labels of {len(labels)} images are no classes; see --label_column"
+    if not names and not asked:
+        return "neither split has labels"
     if len(learned | asked) < 2 or not learned & asked:
         return (f"the training split has the classes {sorted(learned)[:5]}, the test split "
                 f"{sorted(asked)[:5]}; see --label_column, --test_split")
@@ -311,7 +314,7 @@ def main(args, cfg=None):
         raise UserError("--save_features takes one checkpoint")
     loaded = [(saved, with_settings(args, cfg or own))
               for saved, own in map(models.load_checkpoint, args.checkpoints)]
-    largest = max(max(own.stored_size, own.teacher_size, own.student_size) for _, own in loaded)
+    largest = max(own.stored_size or max(own.teacher_size, own.student_size) for _, own in loaded)
     at_largest = replace(loaded[0][1], stored_size=largest)
     evaluator = Evaluator(at_largest, args.max_train, args.max_test)
     print(evaluator, flush=True)

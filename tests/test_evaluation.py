@@ -368,7 +368,7 @@ def test_a_few_images_of_many_classes_are_classified(own, tmp_path):
 
 
 def test_a_mistyped_label_column_is_refused(tiny):
-    with pytest.raises(UserError, match="--label_column bred: the training split has"):
+    with pytest.raises(UserError, match="--label_column bred: neither split has labels"):
         evaluation.Evaluator(tiny(label_column="bred"))
 
 
@@ -403,3 +403,12 @@ def test_the_teachers_features_are_kept_and_compared_with_what_it_outputs_now(
     (-np.fromfile(file, np.float32)).tofile(file)
     with pytest.raises(UserError, match="holds features of other code"):
         evaluation.main(EvalConfig((path,)))
+
+
+def test_a_smaller_stored_size_is_evaluated_as_it_was_trained(tiny, tmp_path):
+    cfg = tiny(stored_size=24, epochs=1, cache_dir=str(tmp_path / "cache"))
+    train.main(cfg)
+    evaluation.main(EvalConfig((latest(cfg),), baselines=False))
+    sizes = {json.loads(file.read_text())["size"]
+             for file in Path(cfg.cache_dir).glob("stores/*/info.json")}
+    assert sizes == {24}
