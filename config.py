@@ -155,8 +155,8 @@ def check_dataset(name):
                         "folder, or start where there is none")
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)
     if not (name in DATASETS or is_folder or on_hub):
-        raise UserError(f"no data set {name!r}: --dataset takes a folder, owner/name or "
-                        f"owner/name@revision on the Hub, {', '.join(DATASETS)}")
+        raise UserError(f"--dataset {name!r}: no folder here, nor owner/name or "
+                        f"owner/name@revision on the Hub, nor {', '.join(DATASETS)}")
 
 
 def validate(cfg, *datasets, found=()):

@@ -84,7 +84,7 @@ def test_flags_override_the_preset_and_no_resume_is_a_switch():
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--preset large", "no data set ''"), ("--dataset cifar1", "no data set .*cifar10"),
+    ("--preset large", "--dataset ''"), ("--dataset cifar1", "no folder here.*cifar10"),
     ("--cls_weight 0 --patch_weight 0", "--cls_weight and --patch_weight are both 0"),
     ("--lr nan", "--lr nan: must be from 0 to 1e[+]09"),
 ])

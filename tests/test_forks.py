@@ -372,6 +372,7 @@ def vit_of_transformers(pretrained=False, size=32, **arguments):
 SEEDS = dict(teacher=0)
 
 
+@pytest.mark.slow
 def test_two_teachers_are_one_that_is_registered(tiny, tmp_path, monkeypatch):
     cfg = tiny(epochs=3, teacher_views=1, teacher="two_teachers", student_args=SMALL)
     cfg = continues(cfg, monkeypatch)
@@ -395,6 +396,7 @@ def test_a_registered_teacher_is_in_eval_mode(tiny):
         assert torch.equal(teacher(images).cls, teacher(images).cls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student, package", [
     ("mobilenet_of_torchvision", "torchvision"), ("vit_of_transformers", "transformers")])
 def test_a_student_of_another_library_trains(tiny, tmp_path, monkeypatch, student, package):

@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import signal
-import threading
 
 import numpy as np
 import pytest
@@ -329,9 +328,17 @@ def test_shards_change_no_target_and_are_left_to_the_process_that_is_at_them(
     monkeypatch.setattr(data, "SHARD", 32)
     parts = dataclasses.replace(whole, cache_dir=str(tmp_path / "parts"),
                                 run_dir=str(tmp_path / "parts-run"))
-    made, path = [], data.write_atomically
-    monkeypatch.setattr(data, "write_atomically", lambda file, write: (
-        made.append(file.name), path(file, write)))
+    made, held = [], []
+    write_atomically = data.write_atomically
+
+    def record(file, write):
+        write_atomically(file, write)
+        made.append(file.name)
+        if file.name == "view_0_2.i8":  # the other process has done its part meanwhile
+            for lock in held:
+                lock.release()
+
+    monkeypatch.setattr(data, "write_atomically", record)
     train.main(parts)
     names = [name for name in made if name.endswith(".i8")]
     assert names == [f"view_{view}_{shard}.i8" for view in range(2) for shard in range(3)]
@@ -341,10 +348,9 @@ def test_shards_change_no_target_and_are_left_to_the_process_that_is_at_them(
     (folder,) = (tmp_path / "parts").glob("targets/*")
     for name in names[:3]:
         (folder / name).unlink()
-    other = data.FileLock(folder / f"{names[0]}.lock", thread_local=False)
-    with other:
-        threading.Timer(1.0, other.release).start()
-        train.main(dataclasses.replace(parts, run_dir=str(tmp_path / "again")))
+    held.append(data.FileLock(folder / f"{names[0]}.lock"))
+    held[0].acquire()
+    train.main(dataclasses.replace(parts, run_dir=str(tmp_path / "again")))
     assert made[:3] == [names[1], names[2], names[0]]
 
 

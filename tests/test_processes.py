@@ -146,6 +146,7 @@ def ranks(train, tmp_path_factory):
     return found
 
 
+@slow
 def test_two_and_four_processes_give_the_losses_of_one_and_leave_together(ranks):
     assert close(ranks[1], ranks[2]) and close(ranks[1], ranks[4])
 

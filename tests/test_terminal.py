@@ -55,6 +55,7 @@ def test_every_setting_has_one_line_of_help_and_a_section():
         config.make_parser(Config).format_help().split())
 
 
+@pytest.mark.slow
 def test_without_a_terminal_there_are_no_bars_and_lines_have_100_columns(tmp_path):
     done = subprocess.run(command(), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
