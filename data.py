@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
+from pyarrow import parquet
 from tqdm import tqdm
 
 from config import DATASETS, UserError, from_hub, log, printable, reason, slug, write_atomically
@@ -218,6 +220,7 @@ READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet fi
         "data")
 TRAIN = "train", "training"  # what a split may be called: the first one that is there
 TEST = "test", "testing", "validation", "valid", "val", "dev"
+ADDED = {"data", "image", "images", "img", "seg", "set"}  # to such a name, as in test_images
 NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
 
 
@@ -246,8 +249,8 @@ class Files:
         return [dict(path=self.names[row]) for row in rows]
 
     def labels(self, column):
-        """The class name of each image, or None where it has none."""
-        return self.classes
+        """The class name of each image, or None where it has none; folders have no columns."""
+        return self.classes if column in ("", "label") else None
 
 
 class Table:
@@ -315,70 +318,84 @@ def list_files(folder, skipped):
         path = f"{folder}/{name}"
         if name.startswith("."):
             continue
-        if os.path.isfile(path):
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            if error.errno not in NOT_THERE:  # such as a disk that is away
+                raise
+            yield f"{name} (dead link)"
+            continue
+        if stat.S_ISREG(mode):
             yield name
-        elif os.path.isdir(path):
+        elif stat.S_ISDIR(mode):
             for inner in list_files(path, {*skipped, real}):
                 yield f"{name}/{inner}"
 
 
 def split_names(folders):
-    """Names of folders -> {folder: split}, or {} if they are no splits. They are if two of them, or
-    all, are called like one. Words that all have do not count, as in seg_train and seg_test."""
+    """Names of folders -> {folder: split}, or {} if they are no splits. They are if each is called
+    like one, or if there are one for training and one for tests. Words that all names have do not
+    count, as in cats_train and cats_test, nor those of ADDED."""
     words = {folder: re.findall(r"[^\W\d_]+", folder.lower()) for folder in folders}
-    shared = set().union(*words.values()).intersection(*words.values())
+    ignored = set().union(*words.values()).intersection(*words.values()) | ADDED
     names = {}
     for folder, some in words.items():
-        own = [word for word in some if word not in shared]
+        own = [word for word in some if word not in ignored]
         names[folder] = "_".join(own or some)
     found = {*names.values()}
-    known = found & {*TRAIN, *TEST}
-    if known == found or len(known) > 1:
+    if found <= {*TRAIN, *TEST} or found & {*TRAIN} and found & {*TEST}:
         return names
     return {}
 
 
 def folder_splits(places):
-    """File -> its folder, such as train/cat -> split -> file -> class or None. Splits are the
-    folders of the first level or, as in cat/train, of the second; the class is the first other
-    folder. Files beside split folders are in the split ""."""
-    root = os.path.commonpath(places.values())
-    # One folder in front, a split where there is no other; "" is a folder that is not there.
-    paths = {name: ["train", *Path(place).relative_to(root).parts, "", "", ""]
-             for name, place in places.items()}
-    if all(path[1] == path[2] for path in paths.values()):  # seg_train/seg_train, as unpacked
-        paths = {name: path[:1] + path[2:] for name, path in paths.items()}
-    for level in (1, 2, 0):
-        known = split_names({path[level] for path in paths.values()} - {""})
-        if known:
-            break
+    """File -> its folder, such as train/cat -> split -> file -> class or None. Splits are folders
+    of the first level or, if there are more, of the next two, as in cat/train. The class is the
+    first other folder that is not the same for all of the split. Files beside splits are in ""."""
+    paths = {name: place.split("/") if place else [] for name, place in places.items()}
+    level, known = 0, {}
+    for i in range(3):
+        names = split_names({path[i] for path in paths.values() if len(path) > i})
+        if len({*names.values()}) > len({*known.values()}):
+            level, known = i, names
     splits = {}
     for name, path in paths.items():
-        split = known.get(path[level], "")
-        others = path[1:level] + path[level + 1 :]
-        splits.setdefault(split, {})[name] = others[0] or None
+        split = "train"
+        if known:
+            split = known[path[level]] if len(path) > level else ""
+            path = path[:level] + path[level + 1 :]
+        splits.setdefault(split, {})[name] = path
+    for split, some in splits.items():
+        # What all have in common, as seg_train in seg_train/seg_train/sea, is no class.
+        shared = len(os.path.commonprefix([path[:-1] for path in some.values() if path]))
+        splits[split] = {name: path[shared] if path else None for name, path in some.items()}
     return splits
 
 
 def open_folder(cfg):
     """A local folder -> split -> `Files` or `datasets.Dataset`, and the names of files that are
-    left out. Of images, parquet files and tar shards it holds what takes most of the disk."""
+    left out. Of images and parquet files it holds what takes more of the disk. Tar shards count
+    where there are no images: beside some they are archives of these."""
     folder = os.path.abspath(cfg.dataset)
     skipped = {os.path.realpath(cfg.cache_dir), os.path.realpath(cfg.run_path)}
-    names = list(list_files(folder, skipped))
+    names = list(list_files(folder, skipped - {os.path.realpath(folder)}))
     images = [name for name in names if is_image(name)]
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
         return open_saved(folder, names), images
-    tables = [name for name in names if name.endswith(".parquet")]
+    tables = [name for name in names if name.lower().endswith(".parquet")]
     tars = [name for name in names if name.endswith(".tar")]  # of WebDataset
-    # img2dataset's parquet files beside its tars hold no images, and are smaller.
-    used = max(images, tables, tars,
-               key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
     card = ""
     if "README.md" in names:
         card = Path(folder, "README.md").read_text(errors="replace")
-    if "config_name:" in card or not used:
-        return datasets.load_dataset(folder, cfg.dataset_config or None), []
+    if "config_name:" in card or not images + tables + tars:
+        # `datasets` knows a folder by its last name and its card: a place for each content.
+        there = [name for name in names if os.path.exists(f"{folder}/{name}")]
+        content = repr([folder, *(stamp(folder, name) for name in there)]).encode()
+        place = Path(datasets.config.HF_DATASETS_CACHE, hashlib.sha256(content).hexdigest()[:12])
+        return datasets.load_dataset(folder, cfg.dataset_config or None, cache_dir=str(place)), []
+    # img2dataset writes a table of captions beside each tar; some lay samples beside tables.
+    used = max(images or tars, tables,
+               key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
     if used is images:
         places = {name: os.path.dirname(name) for name in images}
         splits = {split: Files(folder, classes)
@@ -393,12 +410,24 @@ def open_tables(folder, names):
     splits: it takes train_station.parquet for one. Each has columns and classes of its own."""
     kind = "webdataset" if names[0].endswith(".tar") else "parquet"
     # train-0-of-2.parquet is taken for a file in a folder `train`.
-    places = {name: re.sub(r"([-_]\d+)?(-of-\d+)?\.\w+$", "", name) for name in names}
+    end = r"([-_]\d+)?(-of-\d+)?(-[0-9a-f]{16})?\.\w+$"
+    places = {name: re.sub(end, "", name) for name in names}
     splits = {}
     for split, some in folder_splits(places).items():
-        files = [glob.escape(f"{folder}/{name}") for name in some]
+        files = [f"{folder}/{name}" for name in some]
+        if kind == "parquet" and len({*map(class_names, files)}) > 1:
+            raise UserError(f"the files of {split or 'no split'} number their classes differently: "
+                            "write them as one, with datasets")
+        files = [glob.escape(file) for file in files]
         splits[split] = datasets.load_dataset(kind, data_files=files, split="train")
     return splits
+
+
+def class_names(file):
+    """The columns of a parquet file that hold numbers of classes, and their names, as text."""
+    kinds = datasets.Features.from_arrow_schema(parquet.read_schema(file))
+    return str([(name, kind.names) for name, kind in kinds.items()
+                if isinstance(kind, datasets.ClassLabel)])
 
 
 def open_saved(folder, names):
@@ -439,8 +468,8 @@ def open_source(cfg, split):
     program runs; the others are where alone they may lead.
     Raises UserError as `open_splits`; no such split; no or several image columns."""
     splits, left_out, folder = open_splits(cfg)
-    names = dict(train=TRAIN, test=TEST).get(split, [split])
-    found = [name for name in names if name in splits]
+    words = dict(train=TRAIN, test=TEST).get(split.lower(), [split.lower()])
+    found = [name for word in words for name in splits if name.lower() == word]
     if not found:
         raise NoSplit(f"{cfg.dataset} has no split {split!r}, only {', '.join(splits)}")
     source = splits[found[0]]
@@ -510,10 +539,10 @@ def try_decode(cell, size, folders):
         return decode(cell, size, folders)
     except Exception as error:  # PIL raises nearly anything on hostile bytes
         why = re.sub(r":? (<_io|'/).*", "", reason(error))  # PIL appends an address or the path
-        text = f"{printable(cell.get('path'))}: {why}"
+        text = f"{printable(cell.get('path') or 'an image')}: {why}"
         number = getattr(error, "errno", None)
-        # A table may name files that never were; a file of a folder was there.
-        lasting = number in NOT_THERE and "bytes" in cell
+        # A table may name files that never were; a file of a folder was there. EINVAL: an offset.
+        lasting = number in NOT_THERE and "bytes" in cell or number == errno.EINVAL
         if isinstance(error, MemoryError) or number and not lasting:
             raise UserError(f"cannot read {text}; nothing was left out, try again") from error
         return text

@@ -9,6 +9,7 @@ import os
 import shutil
 import tarfile
 import unicodedata
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -346,7 +347,7 @@ def test_a_third_folder_beside_the_splits_is_neither():
     found = splits("seg_train/seg_train/sea/1.jpg", "seg_train/seg_train/ice/2.jpg",
                    "seg_test/seg_test/sea/3.jpg", "seg_pred/seg_pred/4.jpg")
     assert {split: [*some.values()] for split, some in found.items()} == dict(
-        train=["sea", "ice"], test=["sea"], pred=[None])
+        train=["sea", "ice"], test=["sea"], pred=["seg_pred"])
     found = splits("train/cat/1.jpg", "test/cat/2.jpg", "new/3.jpg", "4.jpg")
     assert {split: [*names] for split, names in found.items()} == {
         "train": ["train/cat/1.jpg"], "test": ["test/cat/2.jpg"], "new": ["new/3.jpg"],
@@ -357,6 +358,66 @@ def test_splits_may_be_below_the_classes():
     found = splits(*[f"{c}/{s}/1.jpg" for c in ("cat", "dog") for s in ("train", "test")])
     assert {split: [*some.values()] for split, some in found.items()} == dict(
         train=["cat", "dog"], test=["cat", "dog"])
+
+
+@pytest.mark.parametrize("names, train, test", [
+    ("seg_train/seg_train/sea/1 seg_train/seg_train/ice/2 seg_test/sea/3", "sea ice", "sea"),
+    ("train/images/sea/1 train/images/ice/2 test/images/sea/3", "sea ice", "sea"),
+    ("cover data/train/sea/1 data/train/ice/2 data/test/sea/3", "sea ice", "sea"),
+    ("training_set/sea/1 test_set/sea/2 single_prediction/3", "sea", "sea"),
+    ("train_images/sea/1 test_images/ice/2 masks/3", "sea", "ice"),
+])
+def test_folders_around_the_classes_are_none(names, train, test):
+    found = splits(*[f"{name}.jpg" for name in names.split()])
+    learned = next(some for split, some in found.items() if split in data.TRAIN)
+    assert [*learned.values()] == train.split() and [*found["test"].values()] == test.split()
+
+
+def test_classes_may_be_called_like_splits_below_a_split():
+    found = splits("train/test/1.jpg", "train/val/2.jpg", "train/car/3.jpg")
+    assert {split: [*some.values()] for split, some in found.items()} == dict(
+        train=["test", "val", "car"])
+
+
+def test_a_single_split_keeps_its_name(own, tmp_path):
+    put(tmp_path / "own", "val/cat/1.png", "val/dog/2.png")
+    assert of(data.open_store(own(), "val")) == ["cat", "dog"]
+    with pytest.raises(UserError, match="no split 'train', only val"):
+        data.open_store(own(), "train")
+
+
+def test_an_archive_beside_its_images_does_not_hide_them(own, tmp_path):
+    put(tmp_path / "own", *[f"Images/{c}/{i}.png" for c in ("cat", "dog") for i in range(3)])
+    with tarfile.open(tmp_path / "own" / "images.tar", "w") as tar:
+        tar.add(tmp_path / "own" / "Images", "Images")
+    assert of(data.open_store(own(), "train")) == ["cat"] * 3 + ["dog"] * 3
+
+
+def test_dead_links_are_said_to_be_left_out(own, tmp_path):
+    put(tmp_path / "own", "cat/1.png", "dog/2.png")
+    (tmp_path / "own" / "cat" / "3.png").symlink_to(tmp_path / "away.png")
+    for _ in range(2):
+        assert "left out: 1 .png (dead link)" in data.open_store(own(), "train").summary
+
+
+def test_what_cannot_be_reached_now_ends_with_a_message(own, tmp_path, monkeypatch):
+    put(tmp_path / "own", "cat/1.png", "dog/2.png")
+    look = os.stat
+
+    def away(path, **options):
+        if str(path).endswith("dog/2.png"):
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return look(path, **options)
+
+    monkeypatch.setattr(data.os, "stat", away)
+    with pytest.raises(UserError, match="Stale file handle.*dog/2.png"):
+        data.open_store(own(), "train")
+
+
+def test_folders_have_no_label_columns(own, tmp_path):
+    put(tmp_path / "own", "cat/1.png", "dog/2.png")
+    with pytest.raises(UserError, match="--label_column species: neither split has labels"):
+        evaluation.Evaluator(own(label_column="species"))
 
 
 def test_numbered_parts_are_no_splits():
@@ -520,6 +581,43 @@ def test_a_local_copy_of_several_configurations_takes_one_by_name(own, tmp_path)
     assert [len(store) for store in found] == [4, 6]
 
 
+def test_a_folder_with_a_data_card_is_read_again_when_it_changes(own, tmp_path):
+    """Also another folder of the same name: `datasets` knows both by it."""
+    card = "---\nconfigs:\n- config_name: default\n  data_files: train.parquet\n---\n"
+    for root, labels, first in (("a", [0] * 4, 0), ("b", [1] * 4, 50), ("a", [2] * 6, 90)):
+        shutil.rmtree(tmp_path / root, ignore_errors=True)
+        folder = Path(tables(tmp_path / root, labels, first=first))
+        (folder / "README.md").write_text(card)
+        store = data.open_store(own(dataset=str(folder)), "train")
+        assert of(store) == [str(label) for label in labels]
+        assert (pixels(store)[0] == data.decode(dict(bytes=png(first + 500)), 32)).all()
+
+
+def test_files_of_one_split_that_number_their_classes_differently_are_refused(own, tmp_path):
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        folder = Path(tables(tmp_path / str(number), [0, 1]))
+        rows = datasets.load_dataset("parquet", data_dir=str(folder), split="train")
+        rows = rows.cast_column("label", datasets.ClassLabel(names=names))
+        (tmp_path / "own").mkdir(exist_ok=True)
+        rows.to_parquet(tmp_path / "own" / f"train-{number}.parquet")
+    with pytest.raises(UserError, match="number their classes differently"):
+        data.open_store(own(), "train")
+
+
+def test_names_of_shards_may_end_in_a_digest(own, tmp_path):
+    folder = Path(tables(tmp_path, [0] * 4, [1] * 2))
+    for split, digest in (("train", "4746b8785c874cc7"), ("test", "aa3d9f1e2b7c6d5e")):
+        (folder / f"{split}.parquet").rename(folder / f"{split}-00000-of-00001-{digest}.parquet")
+    assert [len(data.open_store(own(), split)) for split in ("train", "test")] == [4, 2]
+
+
+def test_splits_may_be_written_in_other_letters(own, tmp_path):
+    rows = dict(image=[dict(bytes=png(i), path=None) for i in range(3)])
+    rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict(Train=rows, Test=rows.select([0])).save_to_disk(tmp_path / "own")
+    assert [len(data.open_store(own(), split)) for split in ("train", "test")] == [3, 1]
+
+
 def test_a_readme_of_ones_own_is_no_data_card(own, tmp_path):
     put(tmp_path / "own", "1.png", "2.png")
     (tmp_path / "own" / "README.md").write_bytes(b"my caf\xe9")
@@ -596,6 +694,14 @@ def test_a_store_that_does_not_fit_is_refused_before_it_is_decoded(own, monkeypa
     with pytest.raises(UserError, match="do not fit into .*--max_samples"):
         data.open_store(own(dataset="shapes"), "train", 80)
     assert not stores(own())
+
+
+def test_a_bad_offset_in_a_file_leaves_out_its_image(monkeypatch):
+    def seeks(*arguments):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(data, "decode", seeks)
+    assert data.try_decode(dict(path="bad.tif"), 32, [""]).startswith("bad.tif: OSError")
 
 
 @pytest.mark.parametrize("path", ["gone.png", "1.png/inside.png", "x" * 5000, "circle.png"])
