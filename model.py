@@ -348,11 +348,11 @@ def check_model(name, size, arguments):
     """A timm model on "meta": its shapes alone. Raises UserError for unknown names, for arguments
     that name files, and for sizes that leave a border outside all patches."""
     if any(key.startswith(("pretrained", "checkpoint", "patch_drop")) for key in arguments):
-        raise UserError("weights are a file of their own; patches are not dropped")
+        raise UserError("--student_args takes no pretrained, checkpoint or patch_drop arguments")
     if not timm.is_model(name):  # timm would also take "hf-hub:owner/name"
         # Also what the Hub calls them: facebook/dinov2-base -> dinov2_vitb14.
         name = re.sub(r".*dinov2[_-]([sblg])[a-z]*$", r"dinov2_vit\g<1>14", name)
-        raise UserError(f"not a model of timm {timm.__version__}"
+        raise UserError(f"not a model of timm {timm.__version__} or of an imported file"
                         f"{suggestion(name, [*TEACHERS, *timm.list_models()])}")
     with torch.device("meta"):
         net = create(name, arguments)

@@ -415,18 +415,17 @@ def test_a_smaller_stored_size_is_evaluated_as_it_was_trained(tiny, tmp_path):
 
 
 def test_the_probe_is_no_worse_for_few_images_and_weak_features():
-    """A hundred images choose C: one of them decides nothing."""
+    """Forty images choose C: one of them decides nothing."""
     rng = np.random.default_rng(3)
-    labels = rng.integers(0, 10, 2000)
-    features = rng.normal(size=(2000, 64)) + 0.35 * rng.normal(size=(10, 64))[labels]
+    labels = rng.integers(0, 10, 1400)
+    features = rng.normal(size=(1400, 64)) + 0.2 * rng.normal(size=(10, 64))[labels]
     x, y = torch.from_numpy(features).float(), torch.from_numpy(labels)
-    x = (x - x[:1000].mean(0)) / x[:1000].std(0, correction=0)
     accuracies = []
     for C in evaluation.STRENGTHS:
-        w = evaluation.fit_probe(x[:1000], y[:1000], C, torch.zeros(10, 65))
-        accuracies.append(evaluation.accuracy(evaluation.probe_scores(w, x[1000:]).argmax(1),
-                                              y[1000:]))
-    for seed in range(5):  # other orders hold out other images
-        order = np.random.default_rng(seed).permutation(1000)
-        predicted, _ = evaluation.linear_probe(x[:1000][order], y[:1000][order], x[1000:])
-        assert evaluation.accuracy(predicted, y[1000:]) > 0.85 * max(accuracies)
+        w = evaluation.fit_probe(x[:400], y[:400], C, torch.zeros(10, 65))
+        predicted = evaluation.probe_scores(w, x[400:]).argmax(1)
+        accuracies.append(evaluation.accuracy(predicted, y[400:]))
+    for seed in range(10):  # other orders hold out other images
+        order = np.random.default_rng(seed).permutation(400)
+        predicted, _ = evaluation.linear_probe(x[:400][order], y[:400][order], x[400:])
+        assert evaluation.accuracy(predicted, y[400:]) > 0.75 * max(accuracies)
