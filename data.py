@@ -369,6 +369,8 @@ def folder_splits(places):
         # What all have in common, as seg_train in seg_train/seg_train/sea, is no class.
         shared = len(os.path.commonprefix([path[:-1] for path in some.values() if path]))
         splits[split] = {name: path[shared] if path else None for name, path in some.items()}
+    if len({label for some in splits.values() for label in some.values()}) == 1:
+        splits = {split: dict.fromkeys(some) for split, some in splits.items()}  # as images/1.jpg
     return splits
 
 

@@ -373,6 +373,12 @@ def test_folders_around_the_classes_are_none(names, train, test):
     assert [*learned.values()] == train.split() and [*found["test"].values()] == test.split()
 
 
+def test_one_folder_for_all_images_is_no_class():
+    assert splits("images/1.jpg", "images/2.jpg")["train"]["images/1.jpg"] is None
+    found = splits("train/images/1.jpg", "test/images/2.jpg")
+    assert [[*some.values()] for some in found.values()] == [[None], [None]]
+
+
 def test_classes_may_be_called_like_splits_below_a_split():
     found = splits("train/test/1.jpg", "train/val/2.jpg", "train/car/3.jpg")
     assert {split: [*some.values()] for split, some in found.items()} == dict(
