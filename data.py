@@ -353,11 +353,13 @@ def folder_splits(places):
     of the first level or, if there are more, of the next two, as in cat/train. The class is the
     first other folder that is not the same for all of the split. Files beside splits are in ""."""
     paths = {name: place.split("/") if place else [] for name, place in places.items()}
-    level, known = 0, {}
+    level = 0
+    known = {}
     for i in range(3):
         names = split_names({path[i] for path in paths.values() if len(path) > i})
         if len({*names.values()}) > len({*known.values()}):
-            level, known = i, names
+            level = i
+            known = names
     splits = {}
     for name, path in paths.items():
         split = "train"

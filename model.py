@@ -348,7 +348,7 @@ def check_model(name, size, arguments):
     """A timm model on "meta": its shapes alone. Raises UserError for unknown names, for arguments
     that name files, and for sizes that leave a border outside all patches."""
     if any(key.startswith(("pretrained", "checkpoint", "patch_drop")) for key in arguments):
-        raise UserError("--student_args takes no pretrained, checkpoint or patch_drop arguments")
+        raise UserError("arguments of a model name no weights and drop no patches")
     if not timm.is_model(name):  # timm would also take "hf-hub:owner/name"
         # Also what the Hub calls them: facebook/dinov2-base -> dinov2_vitb14.
         name = re.sub(r".*dinov2[_-]([sblg])[a-z]*$", r"dinov2_vit\g<1>14", name)

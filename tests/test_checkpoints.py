@@ -322,8 +322,8 @@ def paths_in(folder: Path) -> set[Path]:
     (dict(dataset="https://example.org/x"), "--dataset 'https://example.org/x'"),
     (dict(student="hf-hub:some/one"), "not a model of timm"),
     (dict(student="local-dir:/outside"), "not a model of timm"),
-    (dict(student_args="pretrained=True"), "weights are a file of their own"),
-    (dict(student_args="pretrained_cfg_overlay={'file':'/outside'}"), "a file of their own"),
+    (dict(student_args="pretrained=True"), "name no weights"),
+    (dict(student_args="pretrained_cfg_overlay={'file':'/outside'}"), "name no weights"),
 ])
 def test_a_strangers_checkpoint_reaches_neither_files_nor_the_hub(
         run, refused, tmp_path, monkeypatch, wish, words):
