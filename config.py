@@ -161,9 +161,12 @@ def check_dataset(name):
 
 def validate(cfg, *datasets, found=()):
     """Return cfg. Raises UserError: an unknown data set, problems `found` before, bad values."""
-    for name in datasets:
-        check_dataset(name)
     found = [*found]
+    for name in datasets:
+        try:
+            check_dataset(name)
+        except UserError as error:
+            found.append(str(error))
     for name, value in vars(cfg).items():
         default = getattr(type(cfg), name)
         if name in CHOICES and value not in [default, *CHOICES[name].split("|")]:
