@@ -255,11 +255,13 @@ class Backbone(nn.Module):
     def to_features(self, x):
         """What the net's forward_features outputs, [B, P + N, D] or a map, -> Features."""
         cls = self.net.forward_head(x, pre_logits=True)
-        if getattr(self.net, "output_fmt", "") == "NHWC":
-            x = x.flatten(1, 2)
-        elif x.ndim == 4:
-            x = x.flatten(2).mT
-        return Features(cls, x[:, self.prefix :])
+        if self.outputs_tokens:
+            patches = x[:, self.prefix :]
+        elif getattr(self.net, "output_fmt", "NCHW") == "NHWC":
+            patches = x.flatten(1, 2)
+        else:
+            patches = x.flatten(2).mT
+        return Features(cls, patches)
 
     def forward(self, images):
         normalised = (images - self.mean) / self.std  # by the model's own constants

@@ -238,8 +238,7 @@ print("####", "modules", "model" in sys.modules)
 def test_saved_features_are_those_of_the_checkpoint(home, monkeypatch):
     monkeypatch.chdir(home)
     saved, cfg = model.load_checkpoint("runs/x")
-    command = blocks("recipes.md", "Features of a data set", "bash")[0].splitlines()[0]
-    evaluation.main(parse(EvalConfig, shlex.split(command)[2:]))
+    evaluation.main(parse(EvalConfig, ["runs/x", "--save_features", "features"]))
     for split, count in dict(train=60, test=30).items():
         with safe_open(f"features/{split}.safetensors", "pt") as file:
             embeddings, labels = file.get_tensor("embeddings"), file.get_tensor("labels")
