@@ -147,26 +147,23 @@ def suggestion(name, known):
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def check_dataset(name):
-    """Raise UserError where no data set of this name can be looked for."""
+def wrong_dataset(name):
+    """Why no data set of this name can be looked for, or ""."""
     is_folder = os.path.isdir(name)
     if name in DATASETS and is_folder:
-        raise UserError(f"{name} is a named data set, and a folder here: write ./{name} for the "
-                        "folder, or start where there is none")
+        return (f"{name} is a named data set, and a folder here: write ./{name} for the folder, or "
+                "start where there is none")
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)
-    if not (name in DATASETS or is_folder or on_hub):
-        raise UserError(f"--dataset {name!r}: no folder here, nor owner/name or "
-                        f"owner/name@revision on the Hub, nor {', '.join(DATASETS)}")
+    if name in DATASETS or is_folder or on_hub:
+        return ""
+    return (f"--dataset {name!r}: no folder here, nor owner/name or owner/name@revision on the "
+            f"Hub, nor {', '.join(DATASETS)}")
 
 
 def validate(cfg, *datasets, found=()):
-    """Return cfg. Raises UserError: an unknown data set, problems `found` before, bad values."""
-    found = [*found]
-    for name in datasets:
-        try:
-            check_dataset(name)
-        except UserError as error:
-            found.append(str(error))
+    """Return cfg. Raises UserError: problems `found` before, unknown data sets, bad values."""
+    wrong = dict.fromkeys(map(wrong_dataset, datasets))  # each once
+    found = [*found, *filter(None, wrong)]
     for name, value in vars(cfg).items():
         default = getattr(type(cfg), name)
         if name in CHOICES and value not in [default, *CHOICES[name].split("|")]:
@@ -224,7 +221,8 @@ def parse(cls, argv):
     given = vars(known)
     settings = read_preset(given.pop("preset", "")) | given
     words = [word for word in unknown if word.startswith("-")] or unknown
-    found = [f"unknown {word}{suggestion(word.lstrip('-'), cls.__annotations__)}" for word in words]
+    flags = [f"--{name}" for name in cls.__annotations__]
+    found = [f"unknown {word}{suggestion(word, flags)}" for word in words]
     return validate(cls(**settings), found=found)
 
 

@@ -140,6 +140,14 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def digest(text, tensors=()):
+    """Twelve hexadecimal digits that name a text and the bits of some tensors."""
+    found = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
 def uniform(index, count, *key):
     """`count` random numbers in [0, 1) for each image: float32 [B, count].
     index: int64 [B]. A pure function of key (integers) and image: each image takes its part of one
@@ -360,17 +368,17 @@ def folder_splits(places):
         if len({*names.values()}) > len({*known.values()}):
             level = i
             known = names
+    beside = "" if known else "train"
     splits = {}
     for name, path in paths.items():
-        split = "train"
-        if known:
-            split = known[path[level]] if len(path) > level else ""
-            path = path[:level] + path[level + 1 :]
-        splits.setdefault(split, {})[name] = path
+        folder = path.pop(level) if known and len(path) > level else ""
+        # A last folder is a class, but for seg_train/seg_train/1.jpg, as archives unpack.
+        around = path if path[-1:] == [folder] else path[:-1]
+        splits.setdefault(known.get(folder, beside), {})[name] = path, around
     for split, some in splits.items():
-        # What all have in common, as seg_train in seg_train/seg_train/sea, is no class.
-        shared = len(os.path.commonprefix([path[:-1] for path in some.values() if path]))
-        splits[split] = {name: path[shared] if path else None for name, path in some.items()}
+        shared = len(os.path.commonprefix([around for path, around in some.values() if path]))
+        splits[split] = {name: next(iter(path[shared:]), None)
+                         for name, (path, around) in some.items()}
     if len({label for some in splits.values() for label in some.values()}) == 1:
         splits = {split: dict.fromkeys(some) for split, some in splits.items()}  # as images/1.jpg
     return splits
@@ -394,12 +402,13 @@ def open_folder(cfg):
     if "config_name:" in card or not images + tables + tars:
         # `datasets` knows a folder by its last name and its card: a place for each content.
         there = [name for name in names if os.path.exists(f"{folder}/{name}")]
-        content = repr([folder, *(stamp(folder, name) for name in there)]).encode()
-        place = Path(datasets.config.HF_DATASETS_CACHE, hashlib.sha256(content).hexdigest()[:12])
+        content = repr([folder, *(stamp(folder, name) for name in there)])
+        place = Path(datasets.config.HF_DATASETS_CACHE, digest(content))
         return datasets.load_dataset(folder, cfg.dataset_config or None, cache_dir=str(place)), []
-    # img2dataset writes a table of captions beside each tar; some lay samples beside tables.
-    used = max(images or tars, tables,
-               key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
+    used = images or tars
+    if tables:  # img2dataset writes one of captions beside each tar; some lay samples beside tables
+        used = max(used, tables,
+                   key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
     if used is images:
         places = {name: os.path.dirname(name) for name in images}
         splits = {split: Files(folder, classes)
@@ -488,7 +497,9 @@ def open_source(cfg, split):
         kinds = (Path(name).suffix or "without extension" for name in sorted(left_out))
         notes += f"; other files, left out: {commonest(kinds)}"
     source.notes = printable(notes)
-    trusted = [folder or HF_HUB_CACHE, HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
+    trusted = [HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
+    if folder:
+        trusted.append(folder)
     source.folders = [folder]
     source.folders += map(os.path.abspath, trusted)
     source.folders += map(os.path.realpath, trusted)
@@ -630,8 +641,7 @@ def open_store(cfg, split, max_samples=0):
     source = open_source(cfg, split)
     size = cfg.stored_size or max(cfg.teacher_size, cfg.student_size)
     key = json.dumps([STORE_FORMAT, size, max_samples, source.split, source.key])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    name = f"{slug(cfg.dataset)}-{slug(source.split)}-{digest}"
+    name = f"{slug(cfg.dataset)}-{slug(source.split)}-{digest(key)}"
     path = Path(cfg.cache_dir, "stores", name)
     make_once(path, partial(build_store, source, max_samples, size))
     try:
@@ -655,14 +665,14 @@ def build_store(source, max_samples, size, path):
     parts = progress(chunks(rows), "decoding images")
     cells = chain.from_iterable(map(source.cells, parts))
     decoded = read_ahead(partial(try_decode, size=size, folders=source.folders), cells, CHUNK)
-    digest = hashlib.sha256()
+    pixels = hashlib.sha256()
     bad = {}  # row -> why it has no image
     with open(path / "images.u8", "wb") as file:
         for row, image in zip(rows.tolist(), decoded, strict=True):
             if isinstance(image, str):
                 bad[row] = image
             else:
-                digest.update(image)
+                pixels.update(image)
                 file.write(image)
         os.fsync(file.fileno())
     kept = np.setdiff1d(rows, list(bad))
@@ -673,6 +683,6 @@ def build_store(source, max_samples, size, path):
         note += f", {len(bad)} images cannot be read, such as {examples}"
     if not len(kept):
         raise UserError(f"no image of {source.split} can be read ({note}); {READ}")
-    info = dict(size=size, fingerprint=f"{digest.hexdigest()[:12]}-{size}", note=note,
+    info = dict(size=size, fingerprint=f"{pixels.hexdigest()[:12]}-{size}", note=note,
                 unreadable=list(bad.items())[:1000])
     (path / "info.json").write_text(json.dumps(info))

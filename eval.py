@@ -202,7 +202,7 @@ class Evaluator:
         path = Path(self.cfg.cache_dir, "features", name)
         try:
             data.make_once(path, lambda part: self.cls(teacher, store, rows).numpy().tofile(part))
-        except OSError:  # a cache that others own
+        except (OSError, UserError):  # a cache that others own, or a full disk
             return self.cls(teacher, store, rows)
         kept = torch.from_numpy(np.fromfile(path, np.float32)).view(-1, teacher.cls_dim)
         some = self.cls(teacher, store, rows[:data.CHUNK])

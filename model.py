@@ -11,7 +11,6 @@ PHI-S (Ranzinger et al. 2024), learned heads follow Proteus and UNIC (2024)."""
 
 import ast
 import copy
-import hashlib
 import json
 import math
 import re
@@ -33,6 +32,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from config import Config, UserError, from_hub, log, reason, suggestion, validate, write_atomically
+from data import digest
 
 WHITEN = dict(pca=0.5, linear=1.0)  # by head: targets are divided by std ** this
 PLACES = 8  # patches of an image, at most, on which means and axes are measured
@@ -327,14 +327,6 @@ def load_teacher(cfg) -> Backbone:
         teacher = Backbone(net.requires_grad_(False), cfg.teacher_size)
     teacher.fingerprint = fingerprint
     return teacher
-
-
-def digest(text, tensors=()):
-    """Twelve hexadecimal digits that name a text and the bits of some tensors."""
-    found = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        found.update(tensor.cpu().numpy().tobytes())
-    return found.hexdigest()[:12]
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def demo_distiller(**changes):
 def test_mistakes_are_reported_together_with_the_nearest_name():
     with pytest.raises(UserError) as flags:
         parse(Config, "--epoch 5 --run_dri x --pool max".split())
-    for expected in ("did you mean epochs", "did you mean run_dir", "not one of cls|mean"):
+    for expected in ("did you mean --epochs", "did you mean --run_dir", "not one of cls|mean"):
         assert expected in str(flags.value)
 
 

@@ -341,9 +341,9 @@ def cache_folder(cfg, distiller, key):
     methods = "embed", "shared_view", "on_student_grid", "targets"
     key += [getattr(distiller, name).__qualname__ for name in methods]
     key += [cfg.seed, cfg.teacher_size, cfg.crop_scale]
-    name = models.digest(str(key))
+    name = data.digest(str(key))
     heads = [module for module in distiller.modules() if isinstance(module, models.Head)]
-    fitted = models.digest("", [value for head in heads for value in head.buffers()])
+    fitted = data.digest("", [value for head in heads for value in head.buffers()])
     folder = Path(cfg.cache_dir, "targets", f"{name}-{fitted[:6]}")
     if not folder.exists() and list(folder.parent.glob(f"{name}-*")):
         log.info("targets   of the same images and teacher are there for other heads: another "

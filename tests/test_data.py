@@ -66,6 +66,12 @@ def test_parquet_files_and_save_to_disk_are_read(tiny, tmp_path):
     assert (pixels(a) == pixels(b)).all() and a.fingerprint == b.fingerprint
 
 
+def test_a_data_set_that_is_not_there_is_said_once(own):
+    with pytest.raises(UserError) as raised:
+        train.main(own(dataset="nowhere"))
+    assert str(raised.value).count("nowhere") == 1
+
+
 @pytest.mark.parametrize("columns, words", [
     (dict(note=["x"]), "not one image column among note: set --image_column; what is read: JPEG"),
     (dict(left=[png(0)], right=[png(1)]), "not one image column among left, right"),
@@ -347,7 +353,7 @@ def test_a_third_folder_beside_the_splits_is_neither():
     found = splits("seg_train/seg_train/sea/1.jpg", "seg_train/seg_train/ice/2.jpg",
                    "seg_test/seg_test/sea/3.jpg", "seg_pred/seg_pred/4.jpg")
     assert {split: [*some.values()] for split, some in found.items()} == dict(
-        train=["sea", "ice"], test=["sea"], pred=["seg_pred"])
+        train=["sea", "ice"], test=["sea"], pred=[None])
     found = splits("train/cat/1.jpg", "test/cat/2.jpg", "new/3.jpg", "4.jpg")
     assert {split: [*names] for split, names in found.items()} == {
         "train": ["train/cat/1.jpg"], "test": ["test/cat/2.jpg"], "new": ["new/3.jpg"],

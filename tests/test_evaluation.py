@@ -429,3 +429,16 @@ def test_the_probe_is_no_worse_for_few_images_and_weak_features():
         order = np.random.default_rng(seed).permutation(400)
         predicted, _ = evaluation.linear_probe(x[:400][order], y[:400][order], x[400:])
         assert evaluation.accuracy(predicted, y[400:]) > 0.75 * max(accuracies)
+
+
+@pytest.mark.parametrize("error", [UserError("cannot write"), PermissionError("cache/features")])
+def test_a_cache_that_cannot_be_written_keeps_no_features(tiny, monkeypatch, error):
+    def fails(path, make):
+        raise error
+
+    cfg = tiny()
+    evaluator, teacher = evaluation.Evaluator(cfg, 40, 20), model.load_teacher(cfg)
+    expected = evaluator.features(teacher)
+    monkeypatch.setattr(evaluation.data, "make_once", fails)
+    for found, before in zip(evaluator.features(teacher), expected, strict=True):
+        assert torch.allclose(found, before, atol=1e-5)
