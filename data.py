@@ -227,7 +227,7 @@ READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet fi
         "tar shards, what save_to_disk wrote, the Hub; for others see docs/recipes.md, Your own "
         "data")
 TRAIN = "train", "training"  # what a split may be called: the first one that is there
-TEST = "test", "testing", "validation", "valid", "val", "dev"
+TEST = "test", "testing", "validation", "valid", "val", "dev", "eval", "holdout"
 ADDED = {"data", "image", "images", "img", "seg", "set"}  # to such a name, as in test_images
 NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
 

@@ -331,6 +331,7 @@ def main(args, cfg=None):
 
     for saved, own in loaded:
         student = models.build_student(own, saved["student"])
+        run = printable(saved["path"].resolve().parent.name) if len(loaded) > 1 else "student"
         if args.baselines:
             teacher = models.load_teacher(own)
             if teacher.fingerprint != saved["identity"]["teacher"]:
@@ -340,8 +341,7 @@ def main(args, cfg=None):
             best = add((teacher.fingerprint, own.teacher_size), f"teacher {own.teacher}", teacher)
             untrained = models.build_student(replace(own, student_weights=""))
             add((own.student, own.student_args, own.student_size, own.pool, own.seed),
-                "student, untrained", untrained)
-        run = printable(saved["path"].resolve().parent.name) if len(loaded) > 1 else "student"
+                f"{run}, untrained", untrained)
         name = f"{run}, epoch {saved['epoch']:g}"
         row = add(saved["path"], name, student, args.save_features)
         row |= dict(checkpoint=str(saved["path"]), step=saved["step"])

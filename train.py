@@ -319,7 +319,7 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     jobs = [(folder / f"view_{view}_{number}.i8", view, rows)
             for view in range(count) for number, rows in enumerate(shards)]
     need = length * sum(len(rows) for file, _, rows in jobs if not file.exists())
-    log.info(f"targets   {need / 1e9:.2f} GB to be filled in {folder}")
+    log.info(f"targets   {need / 1e9:.4g} GB to be filled in {folder}")
     data.check_space(cfg.cache_dir, need, "--teacher_views")
     for view, target in expected.items():  # before others are filled beside them
         file = folder / f"view_{view}_0.i8"

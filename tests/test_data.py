@@ -341,6 +341,7 @@ def test_a_file_may_be_called_like_a_split():
     ("Train", "Test"), ("Training", "Testing"), ("train", "val"), ("seg_train", "seg_test"),
     ("train_images", "test_images"), ("Train Images", "Test Images"), ("train2017", "val2017"),
     ("training_set/training_set", "test_set/test_set"), ("data/train-01", "data/dev-02"),
+    ("train", "holdout"), ("train", "eval"),
 ])
 def test_splits_are_found_by_what_people_call_them(first, second):
     found = splits(f"{first}/cat/1.jpg", f"{first}/dog/2.jpg", f"{second}/cat/3.jpg")

@@ -60,7 +60,7 @@ def test_several_checkpoints_give_a_row_each_and_need_nothing_but_themselves(own
     files = tuple(str(cfg.run_path / f"checkpoint_epoch_{n}.pth") for n in (1, 2))
     rows = evaluation.main(EvalConfig(files, max_test=100))
     assert [row["model"] for row in rows] == [
-        "teacher demo", "student, untrained", "run, epoch 1", "run, epoch 2"]
+        "teacher demo", "run, untrained", "run, epoch 1", "run, epoch 2"]
     (written,) = cfg.run_path.glob("eval*.json")
     assert written.name != "eval.json" and json.loads(written.read_text()) == rows
     assert {"torch", "device", "commit", "gflops", "images_per_s"} <= rows[-1].keys()
