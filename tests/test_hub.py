@@ -153,8 +153,8 @@ def test_cifar100_is_evaluated_by_its_fine_labels(tmp_path):
 
 @needs_shared
 def test_the_commands_of_the_missing_rows(tmp_path):
-    """Four of results/dinov2, which have each teacher with each student and each data set, but on
-    forty images, for one epoch, and one of them with evaluation."""
+    """Two of results/dinov2, which have each teacher, student and data set, but on eight images,
+    for one step, without the evaluation."""
     repositories = [small_cifar(tmp_path / "hub" / "cifar10", label=10),
                     small_cifar(tmp_path / "hub" / "cifar100", fine_label=100, coarse_label=20)]
     for size in ("small", "base"):
@@ -167,18 +167,14 @@ def test_the_commands_of_the_missing_rows(tmp_path):
     commands = re.findall(r"^python (train.py .*)", page, re.M)
     assert len(commands) == 8
     assert all(command.split().count("--eval_at_end") == 1 for command in commands)
+    few = "--epochs 1 --max_samples 8 --batch_size 8 --no_eval_at_end".split()
     with hub(*repositories) as endpoint:
-        for command in [commands[0], commands[3], commands[5], commands[6]]:
-            words = [*command.split(), "--epochs", "1"]
-            evaluate = command == commands[0]
-            if not evaluate:
-                words.append("--no_eval_at_end")
+        for command in [commands[0], commands[7]]:
+            words = [*command.split(), *few]
             done = call(tmp_path, endpoint, *words)
             assert done.returncode == 0, done.stderr[-3000:]
             run = tmp_path / words[words.index("--run_dir") + 1]
             assert (run / "student.safetensors").exists()
-            assert (run / "eval.json").exists() == evaluate
-            shutil.rmtree(run)  # its checkpoints are large
 
 
 @needs_shared
