@@ -24,7 +24,7 @@ from config import Config  # noqa: E402
 
 FOLDER = Path("cache/few")
 BASE = dict(dataset=str(FOLDER / "own"), test_split="valid", teacher="tf_efficientnet_lite0",
-            teacher_size=96, student="resnet10t", student_size=64, optimiser="muon", lr=5e-3,
+            teacher_size=96, student="resnet10t", student_size=48, optimiser="muon", lr=5e-3,
             student_args="layers=(1,1,1,0) channels=(64,128,256,256) stem_width=16",
             batch_size=64, epochs=40, save_every=0, eval_at_end=True)
 OTHERS = "190 other classes"
@@ -39,7 +39,7 @@ ROWS = {  # settings that differ from BASE
     "40 views": dict(teacher_views=40),
     "AdamW": dict(optimiser="adamw", lr=1e-2),
     "AdamW, 1e-3": dict(optimiser="adamw", lr=1e-3),
-    OTHERS: dict(dataset=str(FOLDER / "others"), batch_size=256, teacher_views=1, epochs=3,
+    OTHERS: dict(dataset=str(FOLDER / "others"), batch_size=256, teacher_views=1, epochs=2,
                  eval_dataset=str(FOLDER / "own")),
     "from 190 other classes": dict(student_weights=f"runs/few/{OTHERS}-0/student.safetensors"),
     "from 190 other classes, 10 epochs": dict(
