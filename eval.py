@@ -14,7 +14,6 @@ from config import Config, EvalConfig, UserError, cli, printable, slug, validate
 # config comes before torch: it sets how torch's threads wait.
 import json
 import math
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from timeit import Timer
@@ -176,7 +175,7 @@ class Evaluator:
 
     def embed(self, backbone, store, rows):
         """Yield whole stored images uint8 [B, 3, S, S] on the device, and their Features."""
-        name = "teacher" if hasattr(backbone, "fingerprint") else "student"
+        name = "teacher" if backbone.fingerprint else "student"
         parts = data.progress(data.chunks(rows), f"features of the {name}")
         for _, images in data.read(parts, self.device, store.images):
             with torch.inference_mode(), self.autocast:
@@ -186,7 +185,7 @@ class Evaluator:
     def features(self, backbone):
         """CLS embeddings of the training and test images: float32 [I, D], [Q, D] on the CPU."""
         backbone.eval().to(self.device)
-        find = self.kept_cls if hasattr(backbone, "fingerprint") else self.cls  # of a teacher kept
+        find = self.kept_cls if backbone.fingerprint else self.cls
         return (find(backbone, self.train, self.train_rows),
                 find(backbone, self.test, self.test_rows))
 
@@ -197,8 +196,8 @@ class Evaluator:
 
     def kept_cls(self, teacher, store, rows):
         """`cls` of a teacher, in the cache from its first evaluation on these images on."""
-        name = (f"{teacher.fingerprint}-{teacher.image_size}-{self.autocast.fast_dtype}-"
-                f"{store.fingerprint}-{zlib.crc32(rows):x}.f32")
+        how = f"{teacher.image_size} {self.autocast.fast_dtype} {store.fingerprint}"
+        name = f"{teacher.fingerprint}-{data.digest(how, [torch.from_numpy(rows)])}.f32"
         path = Path(self.cfg.cache_dir, "features", name)
         try:
             data.make_once(path, lambda part: self.cls(teacher, store, rows).numpy().tofile(part))
@@ -360,7 +359,7 @@ def write(args, checkpoint, rows):
     run's last checkpoint is eval.json: no other one overwrites it."""
     name = "eval.json"
     if checkpoint.name != "checkpoint_latest.pth" or args != EvalConfig(args.checkpoints[:1]):
-        name = f"eval-{slug(rows[0]['dataset'])}-{zlib.crc32(str(args).encode()):x}.json"
+        name = f"eval-{slug(rows[0]['dataset'])}-{data.digest(str(args))}.json"
     path = checkpoint.with_name(name)
     path.write_text(json.dumps(rows, indent=1) + "\n")
     table = pandas.DataFrame(rows, columns=list(TITLES)).dropna(axis=1, how="all")

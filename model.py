@@ -236,6 +236,7 @@ class Backbone(nn.Module):
         self.net, self.image_size = net.eval().to(memory_format=torch.channels_last), image_size
         has_token = getattr(net, "cls_token", None) is not None
         self.prefix = getattr(net, "num_prefix_tokens", int(has_token))  # class token, registers
+        self.fingerprint = ""  # a teacher's names its weights
         self.parameter_count = sum(p.numel() for p in net.parameters())
         for name in ("mean", "std"):
             value = torch.tensor(net.pretrained_cfg[name]).view(3, 1, 1)

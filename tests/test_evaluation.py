@@ -390,7 +390,7 @@ def test_the_teachers_features_are_kept_and_compared_with_what_it_outputs_now(
     embedded, embed = [], evaluation.Evaluator.embed
 
     def counted(self, backbone, store, rows):
-        embedded.append(hasattr(backbone, "fingerprint"))
+        embedded.append(bool(backbone.fingerprint))
         return embed(self, backbone, store, rows)
 
     monkeypatch.setattr(evaluation.Evaluator, "embed", counted)
