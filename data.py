@@ -509,9 +509,9 @@ def open_source(cfg, split):
 def commonest(names):
     """'3 cat, 2 dog': what there is most of, and of how many others."""
     counts = Counter(names)
-    text = ", ".join(f"{count} {name}" for name, count in counts.most_common(6))
-    if len(counts) > 6:
-        text += f" and {len(counts) - 6} others"
+    text = ", ".join(f"{count} {name}" for name, count in counts.most_common(10))
+    if len(counts) > 10:
+        text += f" and {len(counts) - 10} others"
     return text
 
 

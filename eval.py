@@ -137,7 +137,7 @@ class Evaluator:
         train_rows = np.arange(len(self.train))
         test_rows = np.arange(len(self.test))
         if self.test.split == self.train.split:
-            print("no other split: a tenth of the training images is held out of k-NN and probe")
+            print("no test split: a tenth of the training images is tested in its place")
             self.test = self.train
             test_rows = data.subset(train_rows, math.ceil(len(train_rows) / 10), data.HELD_OUT)
             train_rows = np.setdiff1d(train_rows, test_rows)

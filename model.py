@@ -316,8 +316,8 @@ def load_teacher(cfg) -> Backbone:
         if weights:  # the net has its native size
             net = create(name, arguments, weights)
         else:
-            net = from_hub(f"the weights of {name}", "--teacher_weights FILE", create, name,
-                           arguments, pretrained=True)
+            net = from_hub(f"the weights of {name}", "--teacher NAME --teacher_weights FILE",
+                           create, name, arguments, pretrained=True)
         fingerprint = digest(f"{name} {arguments}", net.state_dict().values())
         if hasattr(net, "set_input_size"):
             table = getattr(net, "pos_embed", None)  # of the native size
@@ -415,7 +415,7 @@ def load_checkpoint(path):
     path = Path(path)
     path = path / "checkpoint_latest.pth" if path.is_dir() else path
     if not path.exists():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file or folder")
     if path.suffix == ".safetensors":
         raise UserError(f"{path} is an exported student: evaluate the checkpoint beside it")
     with naming(f"{path} is no checkpoint of this version"):

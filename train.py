@@ -151,15 +151,15 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                         journal.write(line, distiller.evaluated)
                         journal.save(line, stopping, identity, distiller, parts)
                 if stopping:
-                    leave(step, received)
+                    leave(cfg, step, received)
         if rank == 0:
             export(cfg, distiller.evaluated)
         barrier()  # all leave together, after rank 0 has written
-    log.info(f"done. Evaluate with: python eval.py {cfg.run_path}")
-    last = journal.history[-1]
-    if cfg.eval_at_end and rank == 0:
-        last["eval"] = evaluation.main(EvalConfig((str(cfg.run_path),)), cfg)
-    return last
+    if not cfg.eval_at_end:
+        log.info(f"done. Evaluate with: python eval.py {cfg.run_path}")
+    elif rank == 0:
+        journal.history[-1]["eval"] = evaluation.main(EvalConfig((str(cfg.run_path),)), cfg)
+    return journal.history[-1]
 
 
 # ================================================================ before the loop
@@ -318,17 +318,17 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     folder = cache_folder(cfg, distiller, key)
     jobs = [(folder / f"view_{view}_{number}.i8", view, rows)
             for view in range(count) for number, rows in enumerate(shards)]
-    need = length * sum(len(rows) for file, _, rows in jobs if not file.exists())
-    log.info(f"targets   {need / 1e9:.4g} GB to be filled in {folder}")
-    data.check_space(cfg.cache_dir, need, "--teacher_views")
+    missing = sum(len(rows) for file, _, rows in jobs if not file.exists())
+    log.info(f"targets   {missing} of {count * len(store)} crops are to be embedded\n"
+             f"          {length * count * len(store) / 1e9:.2f} GB in {folder}")
+    data.check_space(cfg.cache_dir, length * missing, "--teacher_views")
     for view, target in expected.items():  # before others are filled beside them
         file = folder / f"view_{view}_0.i8"
         if file.exists():
             cached = data.Rows([file], torch.int8, (len(shards[0]), T, D + 2))[first]
             error = (data.dequantise(cached) - target).square().sum((0, 2))
             if (error > 0.02 * target.square().sum((0, 2))).any():  # a cosine below 0.99
-                raise UserError(f"{folder} holds targets of other code: set --cache_dir, or delete "
-                                "it")
+                raise UserError(f"{folder} holds targets of other code: delete it")
     for wait in (False, True):  # first what no other process is at
         for file, view, rows in jobs:
             data.make_once(file, partial(fill, view, rows), wait)
@@ -586,9 +586,10 @@ def must_stop(received, step):
     return bool(flag)
 
 
-def leave(step, received):
+def leave(cfg, step, received):
     """End the process after a signal, which another one may have received."""
-    log.info(f"stopped after step {step}; run the same command to continue, without --no_resume")
+    advice = "" if cfg.resume else ", without --no_resume"
+    log.info(f"stopped after step {step}; run the same command to continue{advice}")
     barrier()
     raise SystemExit(128 + max(received, default=signal.SIGTERM))
 

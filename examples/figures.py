@@ -108,10 +108,11 @@ def curve(path: Path, cfg) -> None:
     quick = [line for line in lines if "test_knn20" in line]
     figure, axes = plt.subplots(1, 2 if quick else 1, figsize=(10 if quick else 5, 3),
                                 squeeze=False, layout="constrained")
+    ends = np.array([line["epoch"] for line in lines])
+    middles = (ends + np.insert(ends[:-1], 0, 0)) / 2  # of what a line averages over
     for name, colour in zip(("loss", "cls", "patch"), ("#0072b2", OTHER, SAME), strict=True):
         if name in lines[-1]:
-            axes[0, 0].plot([line["epoch"] for line in lines], [line[name] for line in lines],
-                            color=colour, label=name)
+            axes[0, 0].plot(middles, [line[name] for line in lines], color=colour, label=name)
     axes[0, 0].set(title="loss", xlabel="epoch", ylim=(0, None))
     axes[0, 0].legend()
     if quick:
@@ -184,6 +185,9 @@ def main(checkpoint: str, folder: str = "") -> None:
     if distiller.student.grid >= FEWEST:
         patches(folder / "patches.png", evaluator.test.images[some],
                 dict(teacher=(teacher, head.target), student=(distiller.student, head.predict)))
+    else:
+        print(f"no patches.png: the student has {distiller.student.grid} patches, at least "
+              f"{FEWEST} show something")
     rows = data.subset(np.arange(len(evaluator.train)), SHOWN)
     images = evaluator.train.images[rows]
     views = [(f"view {view}", data.render(images, cfg.student_size, *data.view_crops(

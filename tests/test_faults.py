@@ -132,9 +132,14 @@ def test_a_run_that_began_afresh_is_told_to_continue_without_no_resume(tiny, mon
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 3, signal.SIGTERM)
         train.main(cfg)
-    assert "same command to continue, without --no_resume" in (
-        cfg.run_path / "train.log").read_text()
-    assert train.main(dataclasses.replace(cfg, resume=True))["step"] == 10
+    log = cfg.run_path / "train.log"
+    assert log.read_text().endswith("same command to continue, without --no_resume\n")
+    cfg = dataclasses.replace(cfg, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 5, signal.SIGTERM)
+        train.main(cfg)
+    assert log.read_text().endswith("same command to continue\n")
+    assert train.main(cfg)["step"] == 10
 
 
 def test_a_file_of_a_wrong_size_is_refused_as_such(tiny, tmp_path):
