@@ -432,8 +432,8 @@ class Journal:
         if saved:
             log.info(f"continuing at step {saved['step']}, written at commit {saved['commit']}")
         elif total < 1000:
-            log.warning(f"          {total} steps teach little: raise --epochs or lower "
-                        "--batch_size")
+            log.warning(f"          {total} steps teach little, a few thousand more: "
+                        "raise --epochs or lower --batch_size")
 
     def start(self, step, total):
         """Training begins: speeds, the time left and that of the next checkpoint count from now."""

@@ -95,6 +95,9 @@ def test_every_command_of_the_pages_is_accepted(tmp_path, monkeypatch):
             for flag, name in zip(argv, argv[1:], strict=False):
                 if flag == "--dataset" and name.startswith(".."):
                     Path(name).mkdir(exist_ok=True)
+                if flag == "--preset" and name.startswith("runs/"):
+                    Path(name).mkdir(parents=True, exist_ok=True)
+                    Path(name, "config.json").write_text(json.dumps(vars(Config())))
             cfg = parse(Config, argv)
             arguments = model.parse_arguments(cfg.student_args)
             model.check_model(cfg.student, cfg.student_size, arguments)
