@@ -216,11 +216,15 @@ def sample_features(distiller, teach, store, rows, device):
     for index, stored in data.read(parts, device, store.images):
         features = distiller.on_student_grid(teach(stored, 0, index))
         sampled.append(models.some_places(features, generator))
-    features = features._make(map(torch.cat, zip(*sampled, strict=True)))
-    if not all(field.isfinite().all() for field in features):
+    return features._make(finite(torch.cat(parts)) for parts in zip(*sampled, strict=True))
+
+
+def finite(outputs):
+    """The same tensor. Raises UserError if the teacher has output NaN or infinity."""
+    if not outputs.isfinite().all():
         raise UserError("the teacher outputs NaN or infinity: check its weights, or --precision "
                         "fp32")
-    return features
+    return outputs
 
 
 def broadcast(module):
@@ -307,7 +311,7 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     def fill(view, rows, path):
         with open(path, "wb") as file:
             for targets in compute(view, rows):
-                file.write(data.quantise(targets).cpu().numpy())
+                file.write(data.quantise(finite(targets)).cpu().numpy())
             file.truncate(len(rows) * length)  # the first images filled up the last part
 
     first = np.resize(shards[0], size)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
@@ -214,3 +215,16 @@ def test_a_teacher_that_outputs_nan_is_found_before_the_cache_is_filled(tiny, tm
     with pytest.raises(UserError, match="the teacher outputs NaN"):
         train.main(tiny(teacher_weights=str(path), cache_dir=str(tmp_path / "cache")))
     assert not (tmp_path / "cache" / "targets").exists()
+
+
+def test_an_image_of_which_the_teacher_outputs_nan_is_not_cached(tiny, tmp_path, monkeypatch):
+    class Once(model.Distiller):
+        def shared_view(self, images, view, index):
+            return torch.where((index == 30)[:, None, None, None], math.nan, images)
+
+    cfg = tiny(cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "FIT_IMAGES", 4)
+    assert 30 not in data.epoch_order(cfg.max_samples or 64, cfg.seed, 0)[:4]
+    with pytest.raises(UserError, match="the teacher outputs NaN"):
+        train.main(cfg, objective=Once)
+    assert not list((tmp_path / "cache" / "targets").rglob("*.i8"))
