@@ -236,7 +236,8 @@ def read_preset(name):
     if path.is_dir():
         path /= "config.json"
     try:
-        return vars(Config(**json.loads(path.read_text())))
+        settings = vars(Config(**json.loads(path.read_text())))
+        return settings | dict(resume=True)  # --no_resume is for one command
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--preset {name}: neither demo nor large nor a config.json of this "
                         f"version ({error})") from error

@@ -500,7 +500,7 @@ def open_source(cfg, split):
     trusted = [HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
     if folder:
         trusted.append(folder)
-    source.folders = [folder]
+    source.folders = [folder.rstrip("/")]  # of a function's "/" none: where the program runs
     source.folders += map(os.path.abspath, trusted)
     source.folders += map(os.path.realpath, trusted)
     return source

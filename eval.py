@@ -227,14 +227,15 @@ class Evaluator:
             return {}
         distiller = models.Distiller(student, teacher, cfg).eval().to(self.device)
         distiller.load_state_dict(saved["objective"])
-        found = []
+        total = 0
         rows = data.subset(self.test_rows, COMPARED)
         for images, features in self.embed(teacher, self.test, rows):
             with self.autocast:
                 target = distiller.targets(features)
-                found.append(distiller(data.render(images, student.image_size), target)[1])
-        return {f"cos_{name}": 1 - float(torch.stack([stats[name] for stats in found]).mean())
-                for name in ("cls", "patch")}
+                _, stats = distiller(data.render(images, student.image_size), target)
+                total += len(images) * torch.stack([stats["cls"], stats["patch"]])
+        cls, patch = (1 - total / len(rows)).tolist()
+        return dict(cos_cls=cls, cos_patch=patch)
 
     @torch.inference_mode()
     def speed(self, backbone):

@@ -372,9 +372,12 @@ def create(name, arguments, weights="", pretrained=False):
                 code = sys.modules[type(net).__module__]
                 if hasattr(code, "checkpoint_filter_fn"):
                     state = code.checkpoint_filter_fn(state, net)
-                missing = net.load_state_dict(state, strict=False).missing_keys
+                missing, unused = net.load_state_dict(state, strict=False)
                 if missing:
                     raise UserError(f"it has no {missing[0]}") from None
+                unused = [key for key in unused if "blocks." in key]
+                if unused:  # such as the scales in DINOv2's blocks; not a classifier
+                    log.warning(f"{weights} is of another model: {unused[:2]} are not used")
     return net
 
 

@@ -503,6 +503,8 @@ class Journal:
         student is saved twice: a fork may evaluate another network than the one it trains."""
         cfg, epoch = self.cfg, line["epoch"]
         kept = epoch in (1, cfg.epochs) or (cfg.save_every and epoch % cfg.save_every == 0)
+        if stopping:
+            export(cfg, distiller.evaluated)
         names = [f"checkpoint_epoch_{epoch:g}.pth"] if kept else []
         if kept or stopping or monotonic() - self.saved_at > SAVE_SECONDS:
             names.append("checkpoint_latest.pth")

@@ -212,7 +212,8 @@ def test_other_rows_of_the_same_file_are_other_images(own, tmp_path, monkeypatch
 
 def test_a_function_may_return_paths_of_own_files(own, tmp_path, monkeypatch):
     put(tmp_path, "elsewhere/1.png", "elsewhere/2.png")
-    paths = [str(tmp_path / "elsewhere" / f"{i}.png") for i in (1, 2)]
+    monkeypatch.chdir(tmp_path)
+    paths = [str(tmp_path / "elsewhere" / "1.png"), "elsewhere/2.png"]
     rows = datasets.Dataset.from_dict(dict(image=paths)).cast_column("image", datasets.Image())
     monkeypatch.setitem(DATASETS, "mine", lambda: dict(train=rows))
     assert len(data.open_store(own(dataset="mine"), "train")) == 2

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from filelock import FileLock
 
@@ -21,7 +22,7 @@ import config
 import data
 import train
 from config import Config, UserError
-from test_smoke import stop_at
+from test_smoke import stop_at, weights
 
 ROOT = Path(__file__).parents[1]
 # So that files are, in ascending order: images.u8 245,760 bytes, the cached targets, a checkpoint.
@@ -134,6 +135,8 @@ def test_a_run_that_began_afresh_is_told_to_continue_without_no_resume(tiny, mon
         train.main(cfg)
     log = cfg.run_path / "train.log"
     assert log.read_text().endswith("same command to continue, without --no_resume\n")
+    student = safetensors.torch.load_file(cfg.run_path / "student.safetensors")
+    assert same(student, weights(cfg)), "what is exported is as far as the run"
     cfg = dataclasses.replace(cfg, resume=True)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 5, signal.SIGTERM)

@@ -228,3 +228,16 @@ def test_an_image_of_which_the_teacher_outputs_nan_is_not_cached(tiny, tmp_path,
     with pytest.raises(UserError, match="the teacher outputs NaN"):
         train.main(cfg, objective=Once)
     assert not list((tmp_path / "cache" / "targets").rglob("*.i8"))
+
+
+def test_weights_that_have_no_place_are_said(tmp_path, monkeypatch):
+    file, said = tmp_path / "dinov2.safetensors", []
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=2, init_values=0.5)
+    safetensors.torch.save_file(net.state_dict(), file)
+    monkeypatch.setattr(model.log, "warning", said.append)
+    cfg = Config(student="vit_tiny_patch16_224", student_size=224, student_args="depth=2",
+                 student_weights=str(file))
+    model.build_student(cfg)
+    assert len(said) == 1 and "blocks.0.ls1.gamma" in said[0], said
+    model.build_student(dataclasses.replace(cfg, student_args="depth=2 init_values=0.5"))
+    assert len(said) == 1, "the classifier alone has no place"

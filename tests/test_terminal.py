@@ -1,5 +1,6 @@
 """What a user types and sees: presets from files, the header, a line an epoch, the table."""
 
+import dataclasses
 import fcntl
 import os
 import pty
@@ -31,8 +32,8 @@ def test_a_config_json_repeats_its_run_with_flags_on_top(tiny):
     train.main(cfg)
     file = str(cfg.run_path / "config.json")
     for preset in (file, str(cfg.run_path)):
-        assert parse(Config, ["--preset", preset]) == cfg
-    assert parse(Config, ["--preset", file, "--lr", "0.5", "--resume"]).lr == 0.5
+        assert parse(Config, ["--preset", preset]) == dataclasses.replace(cfg, resume=True)
+    assert parse(Config, ["--preset", file, "--lr", "0.5"]).lr == 0.5
 
 
 @pytest.mark.parametrize("text, words", [
