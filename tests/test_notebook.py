@@ -42,8 +42,9 @@ def test_the_notebook_runs(tmp_path):
     for name in ("demo", "notebooks"):
         shutil.copytree(ROOT / name, tmp_path / name)
     settings = (tmp_path / "config.py").read_text()
-    assert settings.count("epochs=10,") == 1  # the demo's; three show the same, sooner
-    (tmp_path / "config.py").write_text(settings.replace("epochs=10,", "epochs=3,"))
+    assert settings.count("epochs=10,") == 1  # the demo's; a quarter of its images show the same
+    (tmp_path / "config.py").write_text(
+        settings.replace("epochs=10,", "epochs=10, max_samples=2000,"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     where = dict(metadata=dict(path=str(tmp_path / "notebooks")))
     nbclient.NotebookClient(notebook, timeout=600, resources=where, kernel_name="python3").execute()
