@@ -500,11 +500,10 @@ class Journal:
 
     def save(self, line, stopping, identity, distiller, parts):
         """Write checkpoint_epoch_N.pth if it is kept, then checkpoint_latest.pth if it is due. The
-        student is saved twice: a fork may evaluate another network than the one it trains."""
+        student is saved twice: a fork may evaluate another network than the one it trains. A run
+        that stops exports it, too, after what it continues from."""
         cfg, epoch = self.cfg, line["epoch"]
         kept = epoch in (1, cfg.epochs) or (cfg.save_every and epoch % cfg.save_every == 0)
-        if stopping:
-            export(cfg, distiller.evaluated)
         names = [f"checkpoint_epoch_{epoch:g}.pth"] if kept else []
         if kept or stopping or monotonic() - self.saved_at > SAVE_SECONDS:
             names.append("checkpoint_latest.pth")
@@ -515,6 +514,8 @@ class Journal:
                 student=distiller.evaluated.net.state_dict(), identity=identity,
                 config=vars(cfg), commit=models.environment(self.device)["commit"],
                 **{name: part.state_dict() for name, part in parts.items()})
+        if stopping:
+            export(cfg, distiller.evaluated)
 
 
 def listed(pairs):
