@@ -422,6 +422,10 @@ def open_tables(folder, names):
     """Parquet files or tar shards -> split -> `datasets.Dataset`. `datasets` is not asked for the
     splits: it takes train_station.parquet for one. Each has columns and classes of its own."""
     kind = "webdataset" if names[0].endswith(".tar") else "parquet"
+    if kind == "webdataset":
+        for name in names:
+            if lacks_end(f"{folder}/{name}"):
+                raise UserError(f"{name} is cut off")
     # train-0-of-2.parquet is taken for a file in a folder `train`.
     end = r"([-_]\d+)?(-of-\d+)?(-[0-9a-f]{16})?\.\w+$"
     places = {name: re.sub(end, "", name) for name in names}
@@ -434,6 +438,14 @@ def open_tables(folder, names):
         files = [glob.escape(file) for file in files]
         splits[split] = datasets.load_dataset(kind, data_files=files, split="train")
     return splits
+
+
+def lacks_end(tar):
+    """Whether a tar shard does not end with 1,024 zeros: cut between two images, it reads well."""
+    with open(tar, "rb") as file:
+        start = os.path.getsize(tar) - 1024
+        file.seek(max(start, 0))
+        return file.read() != bytes(1024)
 
 
 def class_names(file):

@@ -375,8 +375,9 @@ def create(name, arguments, weights="", pretrained=False):
                 missing, unused = net.load_state_dict(state, strict=False)
                 if missing:
                     raise UserError(f"it has no {missing[0]}") from None
-                unused = [key for key in unused if "blocks." in key]
-                if unused:  # such as the scales in DINOv2's blocks; not a classifier
+                head = net.pretrained_cfg.get("classifier") or ()  # a name, or several
+                unused = [key for key in unused if not key.startswith(head)]
+                if unused:  # such as the scales in DINOv2's blocks
                     log.warning(f"{weights} is of another model: {unused[:2]} are not used")
     return net
 

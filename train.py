@@ -88,7 +88,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                 return distiller.embed(teacher, images)
 
         # ------------------------------------------------------------ continue a run, or begin one
-        identity = dict(objective=objective.__qualname__,
+        identity = dict(objective=objective.__qualname__, optimiser=type(optimiser).__name__,
                         images=store.fingerprint, teacher=teacher.fingerprint)
         check_agreement(cfg, saved, identity, dtype)
         journal = Journal(cfg, saved, rank, device)
@@ -180,11 +180,11 @@ def find_checkpoint(cfg, rank):
 
 
 def check_agreement(cfg, saved, identity, dtype):
-    """Raise UserError if the run to be continued is of other images, another teacher or objective,
-    or if the processes differ in these, in settings or in precision."""
+    """Raise UserError if the run to be continued is of other images, or of another teacher,
+    objective or optimiser, or if the processes differ in these, in settings or in precision."""
     if saved:
         refuse_changes(f"{cfg.run_path} holds a run of other images (by their decoded pixels), "
-                       "another teacher or objective; see --run_dir and --no_resume",
+                       "another teacher, objective or optimiser; see --run_dir and --no_resume",
                        saved["identity"], identity)
     own = cfg.fixed_settings() | identity  # of the teacher the digest, not the name
     own |= dict(dtype=str(dtype), epochs=cfg.epochs, log_every=cfg.log_every)

@@ -794,6 +794,19 @@ def test_tar_shards_are_read_with_their_classes(own, tmp_path):
     assert "left out: 1 .parquet" in train_store.summary
 
 
+@pytest.mark.parametrize("end", ["between two images", "within an image", "empty"])
+def test_a_tar_shard_that_is_cut_off_is_refused(own, tmp_path, end):
+    (tmp_path / "own").mkdir()
+    shard(tmp_path / "own" / "0.tar", 0)
+    shard(tmp_path / "own" / "1.tar", 4)
+    with tarfile.open(tmp_path / "own" / "1.tar") as tar:
+        third = tar.getmembers()[4].offset
+    size = {"between two images": third, "within an image": third + 600, "empty": 0}[end]
+    os.truncate(tmp_path / "own" / "1.tar", size)
+    with pytest.raises(UserError, match="1.tar is cut off"):
+        data.open_store(own(), "train")
+
+
 def test_what_takes_most_of_the_disk_is_taken_for_the_images(own, tmp_path):
     put(tmp_path / "own", *[f"{i}.png" for i in range(40)])
     shard(tmp_path / "own" / "few.tar", 0, 1)

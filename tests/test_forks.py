@@ -447,6 +447,15 @@ def test_a_data_set_of_ones_own_is_known_by_its_content(tiny, tmp_path, monkeypa
         train.main(dataclasses.replace(cfg, epochs=4))
 
 
+def test_a_run_does_not_continue_with_another_optimiser(tiny, monkeypatch):
+    cfg = tiny()
+    train.main(cfg)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.RAdam(
+        groups, lr, decoupled_weight_decay=True))  # a setting of the fork, and states of the names
+    with pytest.raises(UserError, match="optimiser: 'AdamW', now 'RAdam'"):
+        train.main(dataclasses.replace(cfg, epochs=cfg.epochs + 1))
+
+
 def test_muon_brings_its_own_rate_by_lr_scale(tiny, tmp_path, monkeypatch):
     """Naively, as a subclass of AdamW: matrices of blocks take Muon's steps, others AdamW's. The
     patch of docs/recipes.md, which has an optimiser of its own for them, runs in test_docs.py."""

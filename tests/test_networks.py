@@ -241,3 +241,8 @@ def test_weights_that_have_no_place_are_said(tmp_path, monkeypatch):
     assert len(said) == 1 and "blocks.0.ls1.gamma" in said[0], said
     model.build_student(dataclasses.replace(cfg, student_args="depth=2 init_values=0.5"))
     assert len(said) == 1, "the classifier alone has no place"
+    larger = timm.create_model("resnet10t", num_classes=10)
+    safetensors.torch.save_file(larger.state_dict(), file)
+    model.build_student(dataclasses.replace(cfg, student="resnet10t", student_size=64,
+                                            student_args="layers=(1,1,1,0)"))
+    assert len(said) == 2 and "layer4.0." in said[1], said
