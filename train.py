@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import random
+import resource
 import signal
 import sys
 import textwrap
@@ -547,6 +548,8 @@ def processes(cfg):
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group(BACKENDS[device.type])
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each shard of targets stays open
     path = cfg.run_path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with data.locked(f"{path}.lock", wait=False) if rank == 0 else nullcontext():

@@ -1,8 +1,10 @@
 """What each step gets and what each number is of: mistakes here would train, and train worse."""
 
 import dataclasses
+import resource
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,6 +354,19 @@ def test_shards_change_no_target_and_are_left_to_the_process_that_is_at_them(
     held[0].acquire()
     train.main(dataclasses.replace(parts, run_dir=str(tmp_path / "again")))
     assert made[:3] == [names[1], names[2], names[0]]
+
+
+def test_there_may_be_more_shards_than_files_that_are_open_by_default(tiny, monkeypatch):
+    cfg = tiny(teacher_views=3, epochs=3)
+    monkeypatch.setattr(data, "SHARD", 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 50, hard))
+    try:
+        train.main(cfg)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list(Path(cfg.cache_dir).rglob("*.i8"))) > 50
 
 
 # ---------------------------------------------------------------------------- Muon
