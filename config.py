@@ -18,9 +18,8 @@ from huggingface_hub.utils import get_session
 
 from demo.shapes import shapes
 
-# Threads that wait for others sleep soon. Where another program uses the cores, spinning ones take
-# ten times as long (results/speed/busy.txt). torch reads this when it is imported, which nothing
-# above does.
+# Threads that wait for others sleep soon: beside another program, spinning ones take several times
+# as long (results/speed/busy.txt). torch reads this when it is imported, which nothing above does.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 log = logging.getLogger("distill")

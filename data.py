@@ -101,8 +101,8 @@ class Rows:
     def __getitem__(self, index):
         if self.resident is not None:
             return self.resident[to_device(torch.from_numpy(index), self.resident.device)]
-        shape = len(index), *self.shape[1:]
-        out = torch.empty(shape, dtype=self.dtype, pin_memory=torch.cuda.is_initialized())
+        out = torch.empty(len(index), *self.shape[1:], dtype=self.dtype,
+                          pin_memory=torch.cuda.is_initialized())
         for row, place in zip(index.tolist(), out.flatten(1).numpy(), strict=True):
             number, row = divmod(row, self.shard)
             file = self.files[number]
@@ -317,8 +317,9 @@ def is_image(name):
 
 
 def list_files(folder, skipped):
-    """Yield the relative names of all files below a folder, in order. Links are followed, but not
-    in a circle; what begins with a dot is left out, and so are the folders of `skipped`."""
+    """Yield the relative names of all files below a folder, in order, of a dead link "NAME (dead
+    link)". Links are followed, but not in a circle; what begins with a dot is left out, and so are
+    the folders of `skipped`."""
     real = os.path.realpath(folder)
     if real in skipped:
         return
@@ -358,16 +359,15 @@ def split_names(folders):
 
 def folder_splits(places):
     """File -> its folder, such as train/cat -> split -> file -> class or None. Splits are folders
-    of the first level or, if there are more, of the next two, as in cat/train. The class is the
+    of that level, of the first three, which has most of them, as in cat/train. The class is the
     first other folder that is not the same for all of the split. Files beside splits are in ""."""
     paths = {name: place.split("/") if place else [] for name, place in places.items()}
-    level = 0
-    known = {}
+    levels = []
     for i in range(3):
-        names = split_names({path[i] for path in paths.values() if len(path) > i})
-        if len({*names.values()}) > len({*known.values()}):
-            level = i
-            known = names
+        folders = {path[i] for path in paths.values() if len(path) > i}
+        levels.append(split_names(folders))
+    known = max(levels, key=lambda names: len({*names.values()}))
+    level = levels.index(known)
     beside = "" if known else "train"
     splits = {}
     for name, path in paths.items():
@@ -489,8 +489,8 @@ def open_splits(cfg):
 
 def open_source(cfg, split):
     """A split of a data set: an object with the methods of `Table`, and attributes split; notes, a
-    line on what was found; folders: the first is what paths in cells are relative to, "" where the
-    program runs; the others are where alone they may lead.
+    line on what was found; folders: first the base of relative paths in cells, "" where the program
+    runs, then those within which all paths have to lead.
     Raises UserError as `open_splits`; no such split; no or several image columns."""
     splits, left_out, folder = open_splits(cfg)
     words = dict(train=TRAIN, test=TEST).get(split.lower(), [split.lower()])

@@ -152,9 +152,9 @@ class Evaluator:
         self.y, self.y_test = torch.from_numpy(numbers).tensor_split([len(names)])  # -1: no label
         problem = why_not_classified(labels, names, names_test)
         self.labelled = not problem
-        if problem and cfg.label_column:
-            raise UserError(f"--label_column {cfg.label_column}: {problem}")
         if problem:
+            if cfg.label_column:
+                raise UserError(f"--label_column {cfg.label_column}: {problem}")
             print(f"no k-NN, no probe: {problem}")
 
     def __str__(self):
@@ -195,7 +195,7 @@ class Evaluator:
                           for _, features in self.embed(backbone, store, rows)])
 
     def kept_cls(self, teacher, store, rows):
-        """`cls` of a teacher, in the cache from its first evaluation on these images on."""
+        """`cls` of a teacher, cached when it is first evaluated on these images."""
         how = f"{teacher.image_size} {self.autocast.fast_dtype} {store.fingerprint}"
         name = f"{teacher.fingerprint}-{data.digest(how, [torch.from_numpy(rows)])}.f32"
         path = Path(self.cfg.cache_dir, "features", name)
@@ -302,7 +302,7 @@ def on_dataset(cfg, dataset, **changes):
 
 def with_settings(args, cfg):
     """The Config of a checkpoint with what eval.py was given in its place. Raises UserError."""
-    if not Path(cfg.cache_dir, "stores").is_dir():  # a stranger's file does not choose new places
+    if not Path(cfg.cache_dir, "stores").is_dir():  # a stranger's checkpoint makes no folders
         cfg = replace(cfg, cache_dir=Config.cache_dir)
     cfg = on_dataset(cfg, cfg.eval_dataset)
     cfg = on_dataset(cfg, args.dataset, label_column="", test_split="")

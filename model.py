@@ -341,7 +341,7 @@ def naming(what):
 
 def check_model(name, size, arguments):
     """A timm model on "meta": its shapes alone. Raises UserError for unknown names, for arguments
-    that name files, and for sizes that leave a border outside all patches."""
+    that name files or drop patches, and for sizes that leave a border outside all patches."""
     if any(key.startswith(("pretrained", "checkpoint", "patch_drop")) for key in arguments):
         raise UserError("arguments of a model name no weights and drop no patches")
     if not timm.is_model(name):  # timm would also take "hf-hub:owner/name"
@@ -360,7 +360,7 @@ def check_model(name, size, arguments):
 
 
 def create(name, arguments, weights="", pretrained=False):
-    """A timm model without its classifier: with the weights of a file, for pretrained of timm's on
+    """A timm model without its classifier: with the weights of a file, if pretrained of timm's on
     the Hub, else random. Raises UserError."""
     net = timm.create_model(name, pretrained, num_classes=0, **arguments)
     if weights:
@@ -470,7 +470,7 @@ def peak_memory(device):
 def environment(device):
     """What results depend on: versions, device, and the git commit, "-dirty" if changed since."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    # By a shell, which without git writes to stderr and no exception is raised.
+    # Through a shell: where there is no git it writes to stderr, and nothing is raised.
     git = subprocess.run("git describe --always --dirty --abbrev=12 --exclude='*'", shell=True,
                          cwd=Path(__file__).parent, capture_output=True, text=True)
     return dict(device=name, torch=torch.__version__, timm=timm.__version__,

@@ -46,7 +46,7 @@ SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 BACKENDS = dict(cpu="gloo", cuda="cpu:gloo,cuda:nccl")  # of several processes; see `must_stop`
-OWN_COLUMNS = "epoch step similarity norm lr memory_gb images_per_s seconds test_similarity".split()
+NO_TERMS = "epoch step similarity norm lr memory_gb images_per_s seconds test_similarity".split()
 MOMENTUM = 0.95  # of Muon
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
@@ -492,7 +492,7 @@ class Journal:
             self.logged_at = monotonic()
         if epoch.is_integer():
             terms = [f"{name} {value:.4f}" for name, value in line.items()
-                     if name not in OWN_COLUMNS and value is not None]
+                     if name not in NO_TERMS and value is not None]
             clock = tqdm.format_interval(line["seconds"])
             log.info(f"epoch {epoch:4.0f} of {cfg.epochs}  {'  '.join(terms)}  "
                      f"{line['images_per_s']:6.0f} images/s  {clock}")
@@ -502,7 +502,7 @@ class Journal:
     def save(self, line, stopping, identity, distiller, parts):
         """Write checkpoint_epoch_N.pth if it is kept, then checkpoint_latest.pth if it is due. The
         student is saved twice: a fork may evaluate another network than the one it trains. A run
-        that stops exports it, too, after what it continues from."""
+        that stops also exports it, after the checkpoints."""
         cfg, epoch = self.cfg, line["epoch"]
         kept = epoch in (1, cfg.epochs) or (cfg.save_every and epoch % cfg.save_every == 0)
         names = [f"checkpoint_epoch_{epoch:g}.pth"] if kept else []
@@ -597,7 +597,7 @@ def must_stop(received, step):
 
 
 def leave(cfg, step, received):
-    """End the process after a signal, which another one may have received."""
+    """End the process after a signal to any of the processes."""
     advice = "" if cfg.resume else ", without --no_resume"
     log.info(f"stopped after step {step}; run the same command to continue{advice}")
     barrier()
