@@ -137,7 +137,10 @@ HIGHEST = dict(crop_scale=1, stored_size=4096, teacher_size=4096, student_size=4
 
 def slug(name):
     """The last part of a path, or of owner/name, as part of a file name."""
-    return re.sub(r"[^\w.]+", "_", Path(name).resolve().name).lower()[-60:] if name else ""
+    if not name:
+        return ""
+    last = Path(name).resolve().name
+    return re.sub(r"[^\w.]+", "_", last).lower()[-60:]
 
 
 def suggestion(name, known):
@@ -152,6 +155,8 @@ def wrong_dataset(name):
     if name in DATASETS and is_folder:
         return (f"{name} is a named data set, and a folder here: write ./{name} for the folder, or "
                 "start where there is none")
+    if os.path.isfile(name):
+        return f"--dataset {name!r} is a file: give its folder; for archives see docs/recipes.md"
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)
     if name in DATASETS or is_folder or on_hub:
         return ""
@@ -169,9 +174,13 @@ def validate(cfg, *datasets, found=()):
             found.append(f"--{name} {value}: not one of {CHOICES[name]}")
         low = LOWEST.get(name, 0)
         high = HIGHEST.get(name, 1e9)
-        is_right = isinstance(value, int | float) and low <= value <= high
+        kinds = int if isinstance(default, int) else (int, float)
+        is_right = isinstance(value, kinds) and low <= value <= high
         if isinstance(default, int | float) and not is_right:
-            found.append(f"--{name} {value}: must be from {low} to {high:g}")
+            whole = ", a whole number" * isinstance(default, int)
+            found.append(f"--{name} {value}: must be from {low} to {high:g}{whole}")
+        if isinstance(default, str) and not isinstance(value, str):
+            found.append(f"--{name} {value}: must be text")
     if isinstance(cfg, Config) and cfg.cls_weight == cfg.patch_weight == 0:
         found.append("--cls_weight and --patch_weight are both 0: nothing would be learned")
     if found:
@@ -251,7 +260,7 @@ def cli(main, cls):
     try:
         main(parse(cls, sys.argv[1:]))
     except KeyboardInterrupt:
-        print("stopped; run the same command again to continue", file=sys.stderr)
+        print("stopped; the same command, without --no_resume, continues", file=sys.stderr)
         sys.exit(130)
     except (UserError, argparse.ArgumentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -284,7 +293,9 @@ def reason(error):
     text = printable(" ".join(str(error)[:500].split()))
     if "weights_only" in text:  # torch advises to load untrusted pickles
         return "not a file of plain weights"
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, UserError):
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 def printable(text):

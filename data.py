@@ -31,7 +31,7 @@ import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
-from pyarrow import parquet
+from pyarrow import compute, parquet
 from tqdm import tqdm
 
 from config import DATASETS, UserError, from_hub, log, printable, reason, slug, write_atomically
@@ -226,9 +226,12 @@ FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # of Pillow's; EPS
 READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet files, WebDataset's "
         "tar shards, what save_to_disk wrote, the Hub; for others see docs/recipes.md, Your own "
         "data")
-TRAIN = "train", "training"  # what a split may be called: the first one that is there
-TEST = "test", "testing", "validation", "valid", "val", "dev", "eval", "holdout"
-ADDED = {"data", "image", "images", "img", "seg", "set"}  # to such a name, as in test_images
+TRAIN = "train", "training", "trainval"  # what a split may be called: the first one there is
+TEST = ("test", "testing", "validation", "validate", "valid", "val", "dev", "evaluation", "eval",
+        "holdout")
+ADDED = set("data dataset image images img part photos pictures seg set".split())  # to such a name
+NO_DATA = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}  # thumbnails and bins of disks
+NUMBERS = r"([-_]\d+)?(-of-\d+)?(-[0-9a-f]{16})?\.\w+$"  # the end of a shard's name
 NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
 
 
@@ -270,16 +273,28 @@ class Table:
         if image_column:
             images = [name for name in kinds if name == image_column]
         if len(images) != 1:
-            raise UserError(f"not one image column among {', '.join(kinds)}: "
-                            f"set --image_column; {READ}")
+            some = printable(", ".join([*kinds][:20]))
+            raise UserError(f"not one image column among {some}: set --image_column; {READ}")
         (name,) = images
         self.part = part.with_format(None)
-        self.images = self.part.cast_column(name, datasets.Image(decode=False))[name]
+        undecoded = self.part.cast_column(name, datasets.Image(decode=False))
+        self.images = undecoded[name]
+        self.column = undecoded.data.column(name)
         times = [stamp(*os.path.split(file["filename"])) for file in part.cache_files]
         self.key = [image_column, times, part._fingerprint]  # which rows, or the content in memory
 
     def __len__(self):
         return len(self.part)
+
+    def stamps(self, folder):
+        """Of the files that cells name in place of bytes; None for one that is not there."""
+        content, path = (compute.struct_field(self.column, name) for name in ("bytes", "path"))
+        found = []
+        for name in path.filter(compute.is_null(content)).drop_null().to_pylist():
+            found.append(None)
+            with suppress(OSError):
+                found[-1] = stamp(*os.path.split(os.path.join(folder, name)))
+        return found
 
     def cells(self, rows):
         return [cell or {} for cell in self.images[rows]]
@@ -296,7 +311,7 @@ class Table:
 def stamp(folder, name):
     """By which a file is known: when it changes, so does this."""
     file = os.stat(f"{folder}/{name}")
-    return name, file.st_size, file.st_mtime_ns
+    return name, file.st_size, file.st_mtime_ns, file.st_ctime_ns  # the last one cannot be set
 
 
 def class_name(kind, value):
@@ -313,19 +328,20 @@ def class_name(kind, value):
 
 def is_image(name):
     kind = Image.registered_extensions().get(Path(name).suffix.lower())
-    return kind in FORMATS and "@eaDir" not in name  # thumbnails of a Synology disk
+    return kind in FORMATS and not NO_DATA & {*name.split("/")}
 
 
-def list_files(folder, skipped):
+def list_files(folder, root, skipped, linked=False):
     """Yield the relative names of all files below a folder, in order, of a dead link "NAME (dead
-    link)". Links are followed, but not in a circle; what begins with a dot is left out, and so are
-    the folders of `skipped`."""
+    link)". Links are followed, but not in a circle; of links to folders within `root` only one
+    after the other. What begins with a dot is left out, and so are the folders of `skipped`."""
     real = os.path.realpath(folder)
-    if real in skipped:
+    is_link = os.path.islink(folder) and Path(root) in Path(real).parents
+    if real in skipped or is_link and linked:
         return
     for name in sorted(os.listdir(folder)):
         path = f"{folder}/{name}"
-        if name.startswith("."):
+        if name.startswith(".") or name == "lost+found":
             continue
         try:
             mode = os.stat(path).st_mode
@@ -337,7 +353,7 @@ def list_files(folder, skipped):
         if stat.S_ISREG(mode):
             yield name
         elif stat.S_ISDIR(mode):
-            for inner in list_files(path, {*skipped, real}):
+            for inner in list_files(path, root, {*skipped, real}, linked or is_link):
                 yield f"{name}/{inner}"
 
 
@@ -345,25 +361,30 @@ def split_names(folders):
     """Names of folders -> {folder: split}, or {} if they are no splits. They are if each is called
     like one, or if there are one for training and one for tests. Words that all names have do not
     count, as in cats_train and cats_test, nor those of ADDED."""
-    words = {folder: re.findall(r"[^\W\d_]+", folder.lower()) for folder in folders}
+    words = {}
+    for folder in folders:  # testImages, testset -> test, images, set
+        inner = r"(?<=[a-z])(?=[A-Z])|(?<=[tT]rain|.[tT]est)(?=set|data|images)"
+        name = re.sub(inner, " ", f" {folder}")
+        words[folder] = re.findall(r"[^\W\d_]+", name.lower())
     ignored = set().union(*words.values()).intersection(*words.values()) | ADDED
     names = {}
     for folder, some in words.items():
         own = [word for word in some if word not in ignored]
         names[folder] = "_".join(own or some)
     found = {*names.values()}
-    if found <= {*TRAIN, *TEST} or found & {*TRAIN} and found & {*TEST}:
+    both = found & {*TRAIN} and found & {*TEST}
+    if both or found <= {*TRAIN, *TEST}:
         return names
     return {}
 
 
 def folder_splits(places):
     """File -> its folder, such as train/cat -> split -> file -> class or None. Splits are folders
-    of that level, of the first three, which has most of them, as in cat/train. The class is the
+    of that level, of the first five, which has most of them, as in cat/train. The class is the
     first other folder that is not the same for all of the split. Files beside splits are in ""."""
     paths = {name: place.split("/") if place else [] for name, place in places.items()}
     levels = []
-    for i in range(3):
+    for i in range(5):
         folders = {path[i] for path in paths.values() if len(path) > i}
         levels.append(split_names(folders))
     known = max(levels, key=lambda names: len({*names.values()}))
@@ -389,8 +410,9 @@ def open_folder(cfg):
     left out. Of images and parquet files it holds what takes more of the disk. Tar shards count
     where there are no images: beside some they are archives of these."""
     folder = os.path.abspath(cfg.dataset)
-    skipped = {os.path.realpath(cfg.cache_dir), os.path.realpath(cfg.run_path)}
-    names = list(list_files(folder, skipped - {os.path.realpath(folder)}))
+    root = os.path.realpath(folder)
+    skipped = {os.path.realpath(cfg.cache_dir), os.path.realpath(cfg.run_path)} - {root}
+    names = list(list_files(folder, root, skipped))
     images = [name for name in names if is_image(name)]
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
         return open_saved(folder, names), images
@@ -399,23 +421,54 @@ def open_folder(cfg):
     card = ""
     if "README.md" in names:
         card = Path(folder, "README.md").read_text(errors="replace")
-    if "config_name:" in card or not images + tables + tars:
-        # `datasets` knows a folder by its last name and its card: a place for each content.
-        there = [name for name in names if os.path.exists(f"{folder}/{name}")]
-        content = repr([folder, *(stamp(folder, name) for name in there)])
-        place = Path(datasets.config.HF_DATASETS_CACHE, digest(content))
-        return datasets.load_dataset(folder, cfg.dataset_config or None, cache_dir=str(place)), []
+    configs = card.count("config_name:")
+    if cfg.dataset_config or configs > bool(images) or not images + tables + tars:
+        return open_with_card(folder, cfg.dataset_config or None, names)
     used = images or tars
     if tables:  # img2dataset writes one of captions beside each tar; some lay samples beside tables
         used = max(used, tables,
                    key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
     if used is images:
         places = {name: os.path.dirname(name) for name in images}
-        splits = {split: Files(folder, classes)
+        splits = {split: Files(folder, once(folder, classes))
                   for split, classes in folder_splits(places).items()}
+        used = chain.from_iterable(files.names for files in splits.values())
     else:
         splits = open_tables(folder, used)
     return splits, {*names} - {*used}
+
+
+def once(folder, classes):
+    """The same files, but those of a folder that links lead to by one name alone."""
+    places = sorted({os.path.dirname(name) for name in classes})
+    names = {}
+    for place in sorted(places, key=lambda place: place.count("/")):  # the folder's own comes first
+        names.setdefault(os.path.realpath(f"{folder}/{place}"), place)
+    kept = {*names.values()}
+    return {name: label for name, label in classes.items() if os.path.dirname(name) in kept}
+
+
+def cache_place(folder, names):
+    """Where `datasets` keeps what it makes of some files: it knows a folder by its last name and
+    its card, a file by a time that can be set."""
+    there = [name for name in names if os.path.exists(f"{folder}/{name}")]
+    content = repr([folder, *(stamp(folder, name) for name in there)])
+    return str(Path(datasets.config.HF_DATASETS_CACHE, digest(content)))
+
+
+def open_with_card(folder, name, names):
+    """What `datasets` makes of a folder, for example as its README.md states it -> split ->
+    `datasets.Dataset`, and the names that are left out."""
+    builder = datasets.load_dataset_builder(folder, name, cache_dir=cache_place(folder, names))
+    files = chain.from_iterable((builder.config.data_files or {}).values())
+    files = {*map(os.path.abspath, files)}
+    roots = folder, os.path.realpath(folder)
+    for file in files:
+        if not any(Path(file).is_relative_to(root) for root in roots):
+            raise UserError(f"README.md names {printable(file)}, which is outside of the folder")
+    builder.download_and_prepare()
+    left_out = [name for name in names if not files & {f"{root}/{name}" for root in roots}]
+    return builder.as_dataset(), left_out
 
 
 def open_tables(folder, names):
@@ -427,8 +480,7 @@ def open_tables(folder, names):
             if lacks_end(f"{folder}/{name}"):
                 raise UserError(f"{name} is cut off")
     # train-0-of-2.parquet is taken for a file in a folder `train`.
-    end = r"([-_]\d+)?(-of-\d+)?(-[0-9a-f]{16})?\.\w+$"
-    places = {name: re.sub(end, "", name) for name in names}
+    places = {name: re.sub(NUMBERS, "", name) for name in names}
     splits = {}
     for split, some in folder_splits(places).items():
         files = [f"{folder}/{name}" for name in some]
@@ -436,8 +488,28 @@ def open_tables(folder, names):
             raise UserError(f"the files of {split or 'no split'} number their classes differently: "
                             "write them as one, with datasets")
         files = [glob.escape(file) for file in files]
-        splits[split] = datasets.load_dataset(kind, data_files=files, split="train")
+        splits[split] = datasets.load_dataset(kind, data_files=files, split="train",
+                                              cache_dir=cache_place(folder, some))
+        splits[split].remark = about_files(some)
     return splits
+
+
+def about_files(names):
+    """Of the files of a split: their names, where these differ, and how many are missing."""
+    kinds = []
+    stated = {}
+    for name in names:
+        kind = re.sub(NUMBERS, "", name)
+        kinds.append(kind)
+        if found := re.search(r"-of-(\d+)", name):
+            stated[kind] = int(found[1])
+    text = ""
+    if len({*kinds}) > 1:
+        text = f"; files: {commonest(kinds)}"
+    whole = sum(stated.values())
+    if whole > len(names):
+        text += f"; {len(names)} of {whole} files are there"
+    return text
 
 
 def lacks_end(tar):
@@ -463,8 +535,12 @@ def open_saved(folder, names):
         split, file = os.path.split(name)
         if re.fullmatch(r"data.*\.arrow", file):  # not what `map` has cached beside them
             part = datasets.Dataset.from_file(f"{folder}/{name}")
-            splits.setdefault(split or "train", []).append(part)
-    return {split: datasets.concatenate_datasets(parts) for split, parts in splits.items()}
+            splits.setdefault(split or "train", {})[file] = part
+    opened = {}
+    for split, parts in splits.items():
+        opened[split] = datasets.concatenate_datasets([*parts.values()])
+        opened[split].remark = about_files([*parts])
+    return opened
 
 
 def open_splits(cfg):
@@ -496,13 +572,18 @@ def open_source(cfg, split):
     words = dict(train=TRAIN, test=TEST).get(split.lower(), [split.lower()])
     found = [name for word in words for name in splits if name.lower() == word]
     if not found:
-        raise NoSplit(f"{cfg.dataset} has no split {split!r}, only {', '.join(splits)}")
+        known = printable(", ".join(splits))
+        raise NoSplit(f"{cfg.dataset} has no split {split!r}, only {known}")
     source = splits[found[0]]
+    remark = getattr(source, "remark", "")
     if isinstance(source, datasets.Dataset):
-        source = Table(source, cfg.image_column)
+        try:
+            source = Table(source, cfg.image_column)
+        except Exception as error:
+            raise UserError(f"cannot read the images of {cfg.dataset}: {reason(error)}") from error
     source.split = found[0]
     counts = [f"{len(part)} of {name or 'no split'}" for name, part in splits.items()]
-    notes = f"images: {', '.join(counts)}"
+    notes = f"images: {', '.join(counts)}{remark}"
     if isinstance(source, Files):
         notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
     if left_out:
@@ -515,6 +596,8 @@ def open_source(cfg, split):
     source.folders = [folder.rstrip("/")]  # of a function's "/" none: where the program runs
     source.folders += map(os.path.abspath, trusted)
     source.folders += map(os.path.realpath, trusted)
+    if isinstance(source, Table):
+        source.key.append(source.stamps(source.folders[0]))
     return source
 
 
@@ -633,9 +716,12 @@ class Store:
 
     def labels(self, column=""):
         """The class name of each image, or None: an array of objects [I]."""
-        names = self.source.labels(column) or [None] * len(self.source)
+        names = self.source.labels(column)
+        if names is None:
+            names = [None] * len(self.source)
         # An accent may be a letter's own or a character behind it.
-        names = [name and unicodedata.normalize("NFC", name) for name in names]
+        names = [None if name is None else unicodedata.normalize("NFC", str(name))
+                 for name in names]
         return np.array(names, dtype=object)[self.rows]
 
     def names(self, rows):
@@ -657,9 +743,15 @@ def open_store(cfg, split, max_samples=0):
     path = Path(cfg.cache_dir, "stores", name)
     make_once(path, partial(build_store, source, max_samples, size))
     try:
-        return Store(path, source)
+        store = Store(path, source)
     except Exception as error:
         raise UserError(f"{path} is damaged ({reason(error)}): delete it") from error
+    (cell,) = source.cells(store.rows[:1])
+    image = try_decode(cell, store.size, source.folders)
+    kept = store.images[np.arange(1)][0].numpy()
+    if isinstance(image, str) or abs(image - kept.astype(float)).mean() > 2:
+        raise UserError(f"{path} holds images of other code: delete it")
+    return store
 
 
 def build_store(source, max_samples, size, path):
@@ -695,6 +787,6 @@ def build_store(source, max_samples, size, path):
         note += f", {len(bad)} images cannot be read, such as {examples}"
     if not len(kept):
         raise UserError(f"no image of {source.split} can be read ({note}); {READ}")
-    info = dict(size=size, fingerprint=f"{pixels.hexdigest()[:12]}-{size}", note=note,
-                unreadable=list(bad.items())[:1000])
+    info = dict(split=source.split, size=size, fingerprint=f"{pixels.hexdigest()[:12]}-{size}",
+                note=note, unreadable=list(bad.items())[:1000])
     (path / "info.json").write_text(json.dumps(info))

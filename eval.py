@@ -8,7 +8,7 @@
 Embeddings of whole images are classified by k-NN (DINO, Caron et al. 2021) and a linear probe
 (DINOv2's logistic regression). Axes: I training images, Q test images, D width."""
 
-from config import Config, EvalConfig, UserError, cli, printable, slug, validate
+from config import Config, EvalConfig, UserError, cli, log, printable, reason, slug, validate
 
 # isort: split
 # config comes before torch: it sets how torch's threads wait.
@@ -40,11 +40,12 @@ TITLES = dict(  # of the table: key of a row -> title
 
 def knn_predict(train, labels, queries, k=K):
     """Weighted k-NN on the cosine, with votes exp(cos / 0.07): predicted labels int64 [Q].
-    train [I, D], labels int64 [I] >= 0, queries [Q, D]. The cosines are one float32 product."""
-    train = F.normalize(train.float(), dim=1)
+    train [I, D], labels int64 [I] >= 0, queries [Q, D]. In float64: cosines of frames of one still
+    camera differ by less than float32 resolves."""
+    train = F.normalize(train.double(), dim=1)
     classes = int(labels.max()) + 1
     predicted = []
-    for some in F.normalize(queries.float(), dim=1).split(512):
+    for some in F.normalize(queries.double(), dim=1).split(256):
         cos, near = (some @ train.T).topk(min(k, len(train)))
         weights = ((cos - 1) / TEMPERATURE).exp()  # minus 1: the same order, without overflow
         votes = weights.new_zeros(len(some), classes)
@@ -95,10 +96,11 @@ def linear_probe(train, labels, test):
     std = train.double().std(0, correction=0).clamp_min(1e-8)
     train = (train - mean) / std
     test = (test - mean) / std
+    known, labels = labels.unique(return_inverse=True)  # of the test images' classes
     order = np.random.default_rng(0).permutation(len(train))
     # Below ten images none is held out: all scores are NaN, and max takes the first, smallest C.
     held, rest = np.split(order, [len(order) // HOLDOUT])
-    w = train.new_zeros(int(labels.max()) + 1, train.shape[1] + 1)
+    w = train.new_zeros(len(known), train.shape[1] + 1)
     scores = {}
     fits = {}
     for C in data.progress(STRENGTHS, "linear probe"):
@@ -111,7 +113,7 @@ def linear_probe(train, labels, test):
             break
     C = max(scores, key=scores.get)
     w = fit_probe(train, labels, C, fits[C])
-    return probe_scores(w, test).argmax(1), C
+    return known[probe_scores(w, test).argmax(1)], C
 
 
 class Evaluator:
@@ -125,8 +127,9 @@ class Evaluator:
         cfg = on_dataset(cfg, cfg.eval_dataset)
         self.cfg = cfg
         self.device = models.pick_device(cfg.device)
-        dtype = models.pick_dtype(cfg.precision, self.device)
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.dtype = models.pick_dtype(cfg.precision, self.device)
+        self.autocast = torch.autocast(self.device.type, self.dtype,
+                                       enabled=self.dtype != torch.float32)
         self.train = data.open_store(cfg, cfg.train_split, cfg.max_samples)
         try:
             self.test = data.open_store(cfg, cfg.test_split or "test")
@@ -150,6 +153,7 @@ class Evaluator:
         numbers, classes = pandas.factorize(np.concatenate([names, names_test]), sort=True)
         self.classes = classes.tolist()
         self.y, self.y_test = torch.from_numpy(numbers).tensor_split([len(names)])  # -1: no label
+        labels = self.train.source.labels(cfg.label_column) or []  # of the whole split
         problem = why_not_classified(labels, names, names_test)
         self.labelled = not problem
         if problem:
@@ -167,19 +171,22 @@ class Evaluator:
 
     def stated(self):
         """What was evaluated on, for eval.json."""
-        return dict(dataset=self.cfg.dataset, label_column=self.cfg.label_column,
+        return dict(dataset=self.cfg.dataset, dataset_config=self.cfg.dataset_config,
+                    image_column=self.cfg.image_column, label_column=self.cfg.label_column,
                     train_split=self.train.split, test_split=self.test.split,
                     train_images=len(self.y), test_images=len(self.y_test),
                     images=[self.train.fingerprint, self.test.fingerprint],
-                    precision=self.cfg.precision)
+                    precision=str(self.dtype))
 
     def embed(self, backbone, store, rows):
-        """Yield whole stored images uint8 [B, 3, S, S] on the device, and their Features."""
+        """Yield whole stored images uint8 [B, 3, S, S] on the device, and their Features.
+        Raises UserError where these are not finite."""
         name = "teacher" if backbone.fingerprint else "student"
         parts = data.progress(data.chunks(rows), f"features of the {name}")
         for _, images in data.read(parts, self.device, store.images):
             with torch.inference_mode(), self.autocast:
                 features = backbone(data.render(images, backbone.image_size))
+            models.finite(features.cls, name)
             yield images, features
 
     def features(self, backbone):
@@ -196,7 +203,7 @@ class Evaluator:
 
     def kept_cls(self, teacher, store, rows):
         """`cls` of a teacher, cached when it is first evaluated on these images."""
-        how = f"{teacher.image_size} {self.autocast.fast_dtype} {store.fingerprint}"
+        how = f"{teacher.image_size} {self.dtype} {store.fingerprint}"
         name = f"{teacher.fingerprint}-{data.digest(how, [torch.from_numpy(rows)])}.f32"
         path = Path(self.cfg.cache_dir, "features", name)
         try:
@@ -277,11 +284,12 @@ def with_labels(labels, rows, count):
 def why_not_classified(labels, learned, asked):
     """Why test images cannot be classified, or "". Says which of their classes are unknown.
     labels: of the whole training split; learned, asked: of what is used."""
+    count = sum(label is not None for label in labels)
     names, learned, asked = ({*some} - {None} for some in (labels, learned, asked))
-    if len(names) > max(50, len(labels) / 2):
-        return f"{len(names)} labels of {len(labels)} images are no classes; see --label_column"
+    if len(names) > max(50, count / 2):
+        return f"{len(names)} labels of {count} images are no classes; see --label_column"
     if not names and not asked:
-        return "neither split has labels"
+        return "neither split has labels, or they are in another column; see --label_column"
     if len(learned | asked) < 2 or not learned & asked:
         return (f"the training split has the classes {sorted(learned)[:5]}, the test split "
                 f"{sorted(asked)[:5]}; see --label_column, --test_split")
@@ -318,10 +326,12 @@ def main(args, cfg=None):
         raise UserError("--save_features takes one checkpoint")
     loaded = [(saved, with_settings(args, cfg or own))
               for saved, own in map(models.load_checkpoint, args.checkpoints)]
-    largest = max(own.stored_size or max(own.teacher_size, own.student_size) for _, own in loaded)
-    at_largest = replace(loaded[0][1], stored_size=largest)
+    sizes = [own.stored_size or max(own.teacher_size, own.student_size) for _, own in loaded]
+    at_largest = replace(loaded[0][1], stored_size=max(sizes))
     evaluator = Evaluator(at_largest, args.max_train, args.max_test)
-    print(evaluator, flush=True)
+    (log.info if cfg else print)(evaluator)  # also into train.log
+    folders = {saved["path"].resolve().parent for saved, _ in loaded}
+    alike = len({folder.name for folder in folders}) < len(folders)
     rows = {}  # checkpoints may share a teacher or an untrained student, and so its row
 
     def add(key, name, backbone, folder=""):
@@ -331,7 +341,8 @@ def main(args, cfg=None):
 
     for saved, own in loaded:
         student = models.build_student(own, saved["student"])
-        run = printable(saved["path"].resolve().parent.name) if len(loaded) > 1 else "student"
+        folder = saved["path"].resolve().parent
+        run = printable(folder if alike else folder.name) if len(loaded) > 1 else "student"
         if args.baselines:
             teacher = models.load_teacher(own)
             if teacher.fingerprint != saved["identity"]["teacher"]:
@@ -343,7 +354,7 @@ def main(args, cfg=None):
             add((own.student, own.student_args, own.student_size, own.pool, own.seed),
                 f"{run}, untrained", untrained)
         name = f"{run}, epoch {saved['epoch']:g}"
-        row = add(saved["path"], name, student, args.save_features)
+        row = add(saved["path"].resolve(), name, student, args.save_features)
         row |= dict(checkpoint=str(saved["path"]), step=saved["step"])
         if args.baselines:
             row |= {f"keeps_{key}": row[key] / best[key] for key in ("knn20", "linear")
@@ -351,18 +362,28 @@ def main(args, cfg=None):
             row |= evaluator.compare(saved, own, student, teacher)
     about = evaluator.stated() | models.environment(evaluator.device)
     rows = [row | about for row in rows.values()]
-    write(args, loaded[0][0]["path"], rows)
+    write(args, cfg, loaded[0][0], rows)
     return rows
 
 
-def write(args, checkpoint, rows):
+def write(args, cfg, saved, rows):
     """Write the rows beside the checkpoint, and print the table. Only the plain evaluation of a
     run's last checkpoint is eval.json: no other one overwrites it."""
-    name = "eval.json"
-    if checkpoint.name != "checkpoint_latest.pth" or args != EvalConfig(args.checkpoints[:1]):
-        name = f"eval-{slug(rows[0]['dataset'])}-{data.digest(str(args))}.json"
-    path = checkpoint.with_name(name)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    path = saved["path"].with_name("eval.json")
+    is_latest = saved["path"].name == "checkpoint_latest.pth"
+    other = []
+    if cfg:  # of a run that has ended, on other data than it states
+        for name in ("eval_dataset", "test_split", "label_column"):
+            value = getattr(cfg, name)
+            if value != saved["config"].get(name):
+                other.append(value)
+    if other or not is_latest or args != EvalConfig(args.checkpoints[:1]):
+        name = f"eval-{slug(rows[0]['dataset'])}-{data.digest(f'{args}{other}')}.json"
+        path = path.with_name(name)
+    try:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    except OSError as error:  # such as a run of somebody else
+        path = f"not written, {reason(error)}"
     table = pandas.DataFrame(rows, columns=list(TITLES)).dropna(axis=1, how="all")
     table = table.rename(columns=TITLES)
     formats = dict.fromkeys(table, "{:.1%}".format)

@@ -60,6 +60,14 @@ def resample_patches(patches, grid, new_grid):
     return maps.flatten(2).mT
 
 
+def finite(outputs, network="teacher"):
+    """The same tensor. Raises UserError if the network has output NaN or infinity."""
+    if not outputs.isfinite().all():
+        raise UserError(f"the {network} outputs NaN or infinity: check its weights, or --precision "
+                        "fp32")
+    return outputs
+
+
 def some_places(features, generator):
     """Features whose patches [B, N, D], and fields like them, keep PLACES random ones: float32."""
     def keep(x):
@@ -74,7 +82,8 @@ def mean_similarity(embeddings):
     """Mean cosine of different images' embeddings [B, D]; near 1 all are alike: a collapse."""
     unit = F.normalize(embeddings.float(), dim=-1)
     B = len(embeddings)
-    return (unit.sum(0).square().sum() - B) / max(B * (B - 1), 1)
+    pairs = max(B * (B - 1), 1)
+    return (unit.sum(0).square().sum() - B) / pairs
 
 
 class Head(nn.Module):
@@ -203,7 +212,8 @@ class Distiller(nn.Module):
 def concatenate_tokens(*parts):
     """Tokens [B, T, D] of one or several widths -> [B, sum of T, largest D], filled with zeros."""
     width = max(part.shape[-1] for part in parts)
-    return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in parts], 1)
+    padded = [F.pad(part, (0, width - part.shape[-1])) for part in parts]
+    return torch.cat(padded, 1)
 
 
 # ================================================================ II. networks and checkpoints
@@ -346,7 +356,11 @@ def check_model(name, size, arguments):
         raise UserError("arguments of a model name no weights and drop no patches")
     if not timm.is_model(name):  # timm would also take "hf-hub:owner/name"
         # Also what the Hub calls them: facebook/dinov2-base -> dinov2_vitb14.
-        name = re.sub(r".*dinov2[_-]([sblg])[a-z]*$", r"dinov2_vit\g<1>14", name)
+        size = re.search(r"dino_?v2.*([sblg])(mall|ase|arge|iant)", name.lower())
+        if size:
+            name = f"dinov2_vit{size[1]}14" + "_reg" * ("reg" in name.lower())
+        else:  # a student by a teacher's name
+            name = TEACHERS.get(name, name)
         raise UserError(f"not a model of timm {timm.__version__} or of an imported file"
                         f"{suggestion(name, [*TEACHERS, *timm.list_models()])}")
     with torch.device("meta"):

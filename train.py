@@ -25,6 +25,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic, time_ns
@@ -57,7 +58,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
     validate(cfg, cfg.dataset, cfg.eval_dataset or cfg.dataset)
     with processes(cfg) as (rank, world, device), ExitStack() as stack:
         # ------------------------------------------------------------ networks and images
-        saved = find_checkpoint(cfg, rank)  # None: a new run
+        saved, cfg = find_checkpoint(cfg, rank)  # None: a new run
         student = models.build_student(cfg, saved and saved["student"])  # before a download
         teacher = models.load_teacher(cfg).to(device)
         store = data.open_store(cfg, cfg.train_split, cfg.max_samples)
@@ -66,7 +67,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
 
         # ------------------------------------------------------------ optimiser and precision
         dtype = models.pick_dtype(cfg.precision, device)
-        groups = distiller.parameter_groups(cfg.weight_decay)
+        groups = check_groups(distiller, distiller.parameter_groups(cfg.weight_decay))
         if cfg.optimiser == "muon":
             optimiser = Muon(groups, cfg.lr, dtype)
         else:
@@ -167,26 +168,35 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
 
 
 def find_checkpoint(cfg, rank):
-    """The checkpoint that the run continues from, as rank 0 has it, or None for a new run.
-    Raises UserError where settings have changed that may not."""
+    """The checkpoint that the run continues from, as rank 0 has it, or None for a new run; and cfg
+    with its student_weights, which may be left out. Raises UserError where settings have changed
+    that may not."""
     latest, saved = cfg.run_path / "checkpoint_latest.pth", None
     if rank == 0 and cfg.resume and latest.exists():
         saved, before = models.load_checkpoint(latest)
+        settings = cfg.fixed_settings()
+        if cfg.student_weights:
+            settings["student_weights"] = cfg.student_weights
         refuse_changes(f"{cfg.run_path} holds a run with other settings; see --run_dir and "
-                       "--no_resume", before.fixed_settings(), cfg.fixed_settings())
+                       "--no_resume", vars(before), settings)
         if saved["epoch"] > cfg.epochs:
             raise UserError(f"--epochs {cfg.epochs}: the run in {cfg.run_path} has already had "
                             f"{saved['epoch']:g}")
-    return from_rank_0(saved)
+    saved = from_rank_0(saved)
+    if saved:
+        cfg = replace(cfg, student_weights=saved["config"]["student_weights"])
+    return saved, cfg
 
 
 def check_agreement(cfg, saved, identity, dtype):
     """Raise UserError if the run to be continued is of other images, or of another teacher,
     objective or optimiser, or if the processes differ in these, in settings or in precision."""
     if saved:
-        refuse_changes(f"{cfg.run_path} holds a run of other images (by their decoded pixels), "
+        refuse_changes(f"{cfg.run_path} holds a run of other images (decoded, in order), "
                        "another teacher, objective or optimiser; see --run_dir and --no_resume",
                        saved["identity"], identity)
+    if not identity["teacher"]:
+        raise UserError("load_teacher has to set fingerprint, which names the teacher's weights")
     own = cfg.fixed_settings() | identity  # of the teacher the digest, not the name
     own |= dict(dtype=str(dtype), epochs=cfg.epochs, log_every=cfg.log_every)
     refuse_changes("all processes need the same command, images and hardware; of the first",
@@ -209,6 +219,19 @@ def from_rank_0(value):
     return shared[0]
 
 
+def check_groups(distiller, groups):
+    """The same groups. Says which parameters are in none. Raises UserError for a rate in one."""
+    if any("lr" in group for group in groups):
+        raise UserError("parameter_groups: lr_scale, which multiplies --lr, in place of lr")
+    there = {p for group in groups for p in group["params"]}
+    left_out = [name for name, p in distiller.named_parameters()
+                if p.requires_grad and p not in there]
+    if left_out:
+        log.warning(f"parameter_groups leaves out {len(left_out)} parameters, which will not "
+                    f"learn, such as {left_out[0]}")
+    return groups
+
+
 def sample_features(distiller, teach, store, rows, device):
     """The teacher's Features of some images, with a few places of each: float32, all at once."""
     generator = torch.Generator().manual_seed(0)
@@ -217,15 +240,7 @@ def sample_features(distiller, teach, store, rows, device):
     for index, stored in data.read(parts, device, store.images):
         features = distiller.on_student_grid(teach(stored, 0, index))
         sampled.append(models.some_places(features, generator))
-    return features._make(finite(torch.cat(parts)) for parts in zip(*sampled, strict=True))
-
-
-def finite(outputs):
-    """The same tensor. Raises UserError if the teacher has output NaN or infinity."""
-    if not outputs.isfinite().all():
-        raise UserError("the teacher outputs NaN or infinity: check its weights, or --precision "
-                        "fp32")
-    return outputs
+    return features._make(models.finite(torch.cat(parts)) for parts in zip(*sampled, strict=True))
 
 
 def broadcast(module):
@@ -312,7 +327,7 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     def fill(view, rows, path):
         with open(path, "wb") as file:
             for targets in compute(view, rows):
-                file.write(data.quantise(finite(targets)).cpu().numpy())
+                file.write(data.quantise(models.finite(targets)).cpu().numpy())
             file.truncate(len(rows) * length)  # the first images filled up the last part
 
     first = np.resize(shards[0], size)
@@ -345,9 +360,10 @@ def cache_folder(cfg, distiller, key):
     """The folder of cached targets: its name is a hash of what determines them."""
     methods = "embed", "shared_view", "on_student_grid", "targets"
     key += [getattr(distiller, name).__qualname__ for name in methods]
-    key += [cfg.seed, cfg.teacher_size, cfg.crop_scale]
-    name = data.digest(str(key))
     heads = [module for module in distiller.modules() if isinstance(module, models.Head)]
+    key += [cfg.seed, cfg.teacher_size, cfg.crop_scale]
+    key += [(head.kind, head.whiten) for head in heads]
+    name = data.digest(str(key))
     fitted = data.digest("", [value for head in heads for value in head.buffers()])
     folder = Path(cfg.cache_dir, "targets", f"{name}-{fitted[:6]}")
     if not folder.exists() and list(folder.parent.glob(f"{name}-*")):
@@ -371,7 +387,8 @@ def use_gpu_memory(device, *arrays):
 
 def seed_everything(seed, step, rank):
     """Seed what a step may draw from: torch, numpy and Python."""
-    number = int(np.random.SeedSequence([data.STEP, seed, step, rank]).generate_state(1)[0])
+    sequence = np.random.SeedSequence([data.STEP, seed, step, rank])
+    number = int(sequence.generate_state(1)[0])
     torch.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
@@ -383,7 +400,8 @@ def learning_rate(step, steps_per_epoch, cfg):
     warmup = min(int(cfg.warmup_epochs * steps_per_epoch), total // 5)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    done = (step - warmup) / (total - warmup)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def average_gradients(module):
@@ -409,6 +427,8 @@ class Journal:
         log.handlers, log.propagate = [terminal], False
         log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
         if rank == 0:
+            if cfg.eval_every:  # first, as it may fail
+                self.evaluator = evaluation.Evaluator(cfg, *QUICK_EVAL)
             folder = cfg.run_path
             if folder.exists() and not cfg.resume:
                 folder.rename(f"{folder}.old-{time_ns()}")
@@ -416,7 +436,7 @@ class Journal:
             (folder / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
             log.addHandler(logging.FileHandler(folder / "train.log", errors="replace"))
             if cfg.eval_every:
-                self.evaluator = evaluation.Evaluator(cfg, *QUICK_EVAL)
+                log.info(self.evaluator)
 
     def header(self, store, teacher, student, dtype, steps_per_epoch, world, saved):
         """State what the run is."""
@@ -436,9 +456,9 @@ class Journal:
                  f"run       {cfg.run_path}")
         if saved:
             log.info(f"continuing at step {saved['step']}, written at commit {saved['commit']}")
-        elif total < 1000:
-            log.warning(f"          {total} steps teach little, a few thousand more: "
-                        "raise --epochs or lower --batch_size")
+        elif min(len(store), total) < 1000:
+            log.warning(f"          {len(store)} images and {total} steps teach little, a few "
+                        "thousand more: raise --epochs or lower --batch_size")
 
     def start(self, step, total):
         """Training begins: speeds, the time left and that of the next checkpoint count from now."""
@@ -559,7 +579,8 @@ def processes(cfg):
             if "gloo" not in str(error):
                 raise
             raise UserError("another process has ended or is out of reach: see what it printed; "
-                            f"the same command continues ({reason(error)[:80]})") from error
+                            "the same command, without --no_resume, continues "
+                            f"({reason(error)[-80:]})") from error
     if world > 1:
         dist.destroy_process_group()
 

@@ -22,7 +22,7 @@ import torch
 import eval as evaluation
 import model
 import train
-from config import Config, EvalConfig, UserError, cli
+from config import Config, EvalConfig, UserError, cli, parse
 from test_smoke import TINY
 
 
@@ -187,6 +187,17 @@ def test_a_checkpoint_of_another_version_is_refused_with_a_clear_sentence(
         run, refused_by_both, number):
     change(latest(run), lambda saved: saved | dict(format=number))
     assert "of another version of this program" in refused_by_both(run)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(epochs=2.0), "--epochs 2.0: must be from 1 to .*, a whole number"),
+    (dict(dataset=None), "--dataset None: must be text"),
+    (dict(dataset=["x"], student_args=dict(depth=6)), "--student_args .*: must be text"),
+])
+def test_a_file_of_settings_with_other_types_is_refused(tmp_path, changes, words):
+    (tmp_path / "config.json").write_text(json.dumps(changes))
+    with pytest.raises(UserError, match=words):
+        parse(Config, ["--preset", str(tmp_path)])
 
 
 def test_a_checkpoint_is_found_in_its_run_folder_and_others_are_told_apart(run, refused, tmp_path):

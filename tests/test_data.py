@@ -164,6 +164,44 @@ def test_replaced_images_of_the_same_names_and_sizes_are_seen(own, tmp_path, kin
     assert second.fingerprint != first.fingerprint and (pixels(first) != pixels(second)).any()
 
 
+def test_images_of_the_same_names_sizes_and_times_are_seen(own, tmp_path, monkeypatch):
+    """A copy may keep times. Also of those that a table names, which is not changed itself."""
+    files = [tmp_path / "own" / f"{i}.bmp" for i in range(4)]
+    paths = dict(image=list(map(str, files)))
+    monkeypatch.setitem(DATASETS, "mine", lambda: dict(
+        train=datasets.Dataset.from_dict(paths).cast_column("image", datasets.Image())))
+    found = set()
+    files[0].parent.mkdir()
+    for first in (0, 10):
+        for i, file in enumerate(files):
+            file.write_bytes(png(first + i, "bmp"))
+            os.utime(file, (1e9, 1e9))
+        found |= {data.open_store(own(), "train").fingerprint,
+                  data.open_store(own(dataset="mine"), "train").fingerprint}
+    assert len(found) == 2, "the folder and the table hold the same"
+
+
+def test_parquet_files_of_the_same_size_and_time_are_seen(own, tmp_path):
+    found = set()
+    for first in (0, 50):
+        folder = Path(tables(tmp_path / f"{first}", [0, 1], first=first))
+        file = tmp_path / "own" / "train.parquet"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes((folder / "train.parquet").read_bytes())
+        os.utime(file, (1e9, 1e9))
+        found.add(data.open_store(own(), "train").fingerprint)
+    assert len(found) == 2
+
+
+def test_a_store_of_other_code_is_refused(own, tmp_path, monkeypatch):
+    put(tmp_path / "own", "1.png", "2.png")
+    data.open_store(own(), "train")
+    decode = data.decode
+    monkeypatch.setattr(data, "decode", lambda *how: 255 - decode(*how))
+    with pytest.raises(UserError, match="holds images of other code: delete it"):
+        data.open_store(own(), "train")
+
+
 def test_corrected_labels_and_another_label_column_decode_nothing_and_are_seen(own, tmp_path):
     def write(labels):
         shutil.rmtree(tmp_path / "own", ignore_errors=True)
@@ -351,6 +389,13 @@ def test_splits_are_found_by_what_people_call_them(first, second):
     assert [*learned.values(), *tested.values()] == ["cat", "dog", "cat"]
 
 
+def test_splits_may_be_far_below():
+    names = [f"ILSVRC/Data/CLS-LOC/{split}/{i}" for split in ("train", "val") for i in "ab"]
+    splits = data.folder_splits({f"{name}/1.jpg": name for name in names})
+    assert {split: [*some.values()] for split, some in splits.items()} == dict(
+        train=["a", "b"], val=["a", "b"])
+
+
 def test_a_third_folder_beside_the_splits_is_neither():
     found = splits("seg_train/seg_train/sea/1.jpg", "seg_train/seg_train/ice/2.jpg",
                    "seg_test/seg_test/sea/3.jpg", "seg_pred/seg_pred/4.jpg")
@@ -488,6 +533,16 @@ def test_links_are_followed_but_not_in_circles(own, tmp_path, monkeypatch):
     assert len(data.open_store(own(dataset="."), "train")) == 4
 
 
+def test_folders_that_link_to_each_other_are_read_once(own, tmp_path):
+    folder, count = tmp_path / "own", 9
+    put(folder, *[f"{i}/{i}.png" for i in range(count)])
+    for i in range(count):
+        for j in range(count):
+            (folder / f"{i}" / f"to-{j}").symlink_to(folder / f"{j}")
+    store = data.open_store(own(), "train")
+    assert of(store) == [f"{i}" for i in range(count)]
+
+
 def test_two_links_to_a_folder_are_two_splits(own, tmp_path):
     put(tmp_path / "own", "src/cat/1.png", "src/dog/2.png")
     for link in ("train", "test"):
@@ -593,6 +648,34 @@ def test_a_local_copy_of_several_configurations_takes_one_by_name(own, tmp_path)
         data.open_store(own(), "train")
     found = [data.open_store(own(dataset_config=name), "train") for name in ("small", "large")]
     assert [len(store) for store in found] == [4, 6]
+
+
+def test_a_data_card_reads_nothing_outside_of_its_folder(own, tmp_path):
+    tables(tmp_path, [0, 1])
+    (tmp_path / "own").rename(tmp_path / "private")
+    tables(tmp_path, [0, 1])
+    card = "---\nconfigs:\n- config_name: default\n  data_files: %s/train.parquet\n---\n"
+    for place in ("../private", tmp_path / "private"):
+        (tmp_path / "own" / "README.md").write_text(card % place)
+        with pytest.raises(UserError, match="private/train.parquet, which is outside"):
+            data.open_store(own(), "train")
+    (tmp_path / "own" / "README.md").write_text(card % ".")
+    (tmp_path / "own" / "more.heic").write_bytes(b"")
+    assert "left out: 1 .md, 1 .heic" in data.open_store(own(), "train").summary
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    assert len(data.open_store(own(dataset=str(tmp_path / "link")), "train")) == 2
+
+
+def test_images_with_a_data_card_are_read_as_without(own, tmp_path, monkeypatch):
+    put(tmp_path / "own", "train/cat/1.png", "train/dog/2.png", "train/dog/@eaDir/2.png/SYNO.jpg")
+    (tmp_path / "own" / "train" / "dog" / "photo").write_bytes(b"")
+    (tmp_path / "own" / "README.md").write_text("---\nconfigs:\n- config_name: default\n---\n")
+    monkeypatch.chdir(tmp_path / "own")
+    for _ in range(2):  # the cache is inside
+        store = data.open_store(own(dataset=".", cache_dir="cache"), "train")
+        assert of(store) == ["cat", "dog"] and "1 without extension" in store.summary
+    with pytest.raises(UserError, match="BuilderConfig 'small' not found"):
+        data.open_store(own(dataset_config="small"), "train")
 
 
 def test_a_folder_with_a_data_card_is_read_again_when_it_changes(own, tmp_path):
@@ -792,6 +875,21 @@ def test_tar_shards_are_read_with_their_classes(own, tmp_path):
     assert len(train_store) == 8 and len(test_store) == 4
     assert list(train_store.labels()) == ["0", "1"] * 4
     assert "left out: 1 .parquet" in train_store.summary
+
+
+def test_missing_shards_and_shards_of_several_names_are_said(own, tmp_path):
+    rows = datasets.load_dataset("parquet", data_files=f"{tables(tmp_path, [0, 1])}/*.parquet")
+    (tmp_path / "own" / "train.parquet").unlink()
+    for number in (0, 2):
+        rows["train"].to_parquet(tmp_path / "own" / f"train-0000{number}-of-00004.parquet")
+    assert "4 of train; 2 of 4 files are there;" in data.open_store(own(), "train").summary
+    rows["train"].to_parquet(tmp_path / "own" / "test_hard.parquet")
+    assert "6 of train; files: 2 train, 1 test_hard;" in data.open_store(own(), "train").summary
+    saved = datasets.concatenate_datasets([rows["train"]] * 3)
+    saved.save_to_disk(tmp_path / "saved", num_shards=3)
+    (tmp_path / "saved" / "data-00001-of-00003.arrow").unlink()
+    store = data.open_store(own(dataset=str(tmp_path / "saved")), "train")
+    assert "4 of train; 2 of 3 files are there;" in store.summary
 
 
 @pytest.mark.parametrize("end", ["between two images", "within an image", "empty"])

@@ -290,12 +290,13 @@ def test_archives_become_a_folder_of_images(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     images = sorted(home.parent.glob("my_images/train/*/*.jpg"))
     (home.parent / "downloads").mkdir()
-    with zipfile.ZipFile(home.parent / "downloads" / "more.zip", "w") as archive:
-        archive.write(images[7], "7.jpg")
+    for name, image in zip(("cat", "dog"), images, strict=False):
+        with zipfile.ZipFile(home.parent / "downloads" / f"{name}.zip", "w") as archive:
+            archive.write(image, "1.jpg")
     command, = blocks("recipes.md", "Other formats", "bash")
     python = f"{sys.executable} -m"  # the one on the path may be another
     subprocess.run(["bash", "-ec", command.replace("python -m", python)], check=True, timeout=100)
-    assert found(home.parent / "unpacked", tmp_path) == {"None": 1}
+    assert found(home.parent / "unpacked", tmp_path) == dict(cat=1, dog=1)
 
 
 def test_pickles_and_arrays_become_folders_of_images(home, tmp_path, monkeypatch):

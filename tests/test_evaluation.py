@@ -54,6 +54,32 @@ def test_of_the_images_embeddings_alone_are_kept(own, tmp_path, monkeypatch):
     assert held and set(held) == {1.0}, "a view of the class tokens holds those of all patches"
 
 
+@pytest.mark.parametrize("noise", [2, 0.1])
+def test_knn_among_frames_that_hardly_differ_predicts_what_scikit_learn_predicts(noise):
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    rng = np.random.default_rng(0)
+    cameras, y = rng.integers(0, 5, 1500), rng.integers(0, 3, 1500)
+    x = rng.uniform(0, 255, (5, 256))[cameras] + rng.normal(0, noise, (1500, 256))
+    x[np.arange(1500), y] += noise
+    x = torch.from_numpy(x).float()
+    unit = torch.nn.functional.normalize(x.double(), dim=1).numpy()
+    reference = neighbors.KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute",
+        weights=lambda distance: np.exp(-distance / evaluation.TEMPERATURE))
+    expected = reference.fit(unit[:1000], y[:1000]).predict(unit[1000:])
+    found = evaluation.knn_predict(x[:1000], torch.from_numpy(y[:1000]), x[1000:])
+    assert (found.numpy() == expected).all()
+
+
+def test_a_class_of_test_images_alone_does_not_change_the_probe():
+    torch.manual_seed(0)
+    x, noise = torch.randn(400, 8), torch.randn(400)
+    y = (x[:, 0] + noise > 0).long()
+    expected, C = evaluation.linear_probe(x[:200], y[:200], x[200:])
+    predicted, same_C = evaluation.linear_probe(x[:200], y[:200] + 1, x[200:])  # 0: unknown
+    assert C == same_C and torch.equal(predicted, expected + 1)
+
+
 def test_several_checkpoints_give_a_row_each_and_need_nothing_but_themselves(own, tmp_path):
     tables(tmp_path, [0, 1] * 8)
     cfg = own(save_every=1, epochs=2)
@@ -148,6 +174,28 @@ def test_the_file_is_written_before_the_table_is_printed(own, tmp_path, monkeypa
 
 
 @pytest.mark.slow
+def test_a_run_that_ended_is_evaluated_on_other_data_in_another_file(own, tmp_path, capsys):
+    tables(tmp_path, [0, 1] * 8, [0, 1])
+    (tmp_path / "own").rename(tmp_path / "other")
+    tables(tmp_path, [0, 1] * 8, [0, 1] * 2)
+    cfg = own(eval_at_end=True)
+    train.main(cfg)
+    before = (cfg.run_path / "eval.json").read_text()
+    train.main(dataclasses.replace(cfg, eval_dataset=str(tmp_path / "other")))
+    assert (cfg.run_path / "eval.json").read_text() == before
+    (other,) = cfg.run_path.glob("eval-other-*.json")
+    assert json.loads(other.read_text())[0]["test_images"] == 2
+    text = (cfg.run_path / "train.log").read_text()
+    assert "16 images to learn from, 4 to test on" in text and "; 2 of 2 are used" in text
+
+    (cfg.run_path / "eval.json").unlink()
+    (cfg.run_path / "eval.json").mkdir()  # in the place of a run that is not one's own
+    capsys.readouterr()
+    evaluation.main(EvalConfig((str(cfg.run_path),)))
+    printed = capsys.readouterr().out
+    assert "k-NN" in printed and "not written, IsADirectoryError" in printed
+
+
 def test_folders_whose_names_are_no_utf8_are_trained_on_evaluated_and_logged(own, tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     put(folder / "own", *[f"{c}/{i}.png" for c in "ab" for i in range(8)])
@@ -368,6 +416,20 @@ def test_a_label_for_each_image_is_refused_with_a_hint(own, tmp_path, capsys, wo
 def test_a_few_images_of_many_classes_are_classified(own, tmp_path):
     tables(tmp_path, [*range(60)] * 3, [*range(60)])
     assert evaluation.Evaluator(own(), max_train=60).labelled
+
+
+def test_a_subset_of_images_of_many_classes_is_classified(own, tmp_path):
+    tables(tmp_path, [i % 60 for i in range(240)], [0, 1])
+    evaluator = evaluation.Evaluator(own(max_samples=64))
+    assert evaluator.labelled and len(evaluator.y) == 64
+
+
+def test_a_student_that_outputs_nan_is_not_evaluated(tiny):
+    cfg = tiny()
+    student = model.build_student(cfg)
+    student.net.norm.weight.data.fill_(3e38)
+    with pytest.raises(UserError, match="the student outputs NaN or infinity"):
+        evaluation.Evaluator(cfg, 20, 10).row("student", student)
 
 
 def test_a_mistyped_label_column_is_refused(tiny):

@@ -128,6 +128,17 @@ def test_a_second_signal_ends_the_process_at_once():
     assert received == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_interrupted_command_is_not_told_to_begin_afresh(monkeypatch, capsys):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--no_resume"])
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
+    with pytest.raises(SystemExit):
+        config.cli(interrupted, config.Config)
+    assert "without --no_resume, continues" in capsys.readouterr().err
+
+
 def test_a_run_that_began_afresh_is_told_to_continue_without_no_resume(tiny, monkeypatch):
     cfg = tiny(resume=False)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):

@@ -447,6 +447,31 @@ def test_a_data_set_of_ones_own_is_known_by_its_content(tiny, tmp_path, monkeypa
         train.main(dataclasses.replace(cfg, epochs=4))
 
 
+def test_groups_that_would_go_wrong_are_said(tiny, monkeypatch):
+    class Rate(model.Distiller):
+        def parameter_groups(self, weight_decay):
+            return [dict(params=list(self.parameters()), lr=1e-6)]
+
+    class Forgotten(model.Distiller):
+        def parameter_groups(self, weight_decay):
+            return [dict(params=list(self.student.parameters()))]
+
+    said = []
+    monkeypatch.setattr(train.log, "warning", said.append)
+    with pytest.raises(UserError, match="lr_scale, which multiplies --lr, in place of lr"):
+        train.main(tiny(epochs=1), objective=Rate)
+    train.main(tiny(epochs=1, head="linear"), objective=Forgotten)
+    assert "leaves out 4 parameters" in said[0] and "cls_head.predict" in said[0], said
+
+
+def test_a_teacher_of_ones_own_needs_a_fingerprint(tiny, monkeypatch):
+    load = model.load_teacher
+    monkeypatch.setattr(model, "load_teacher", lambda cfg: model.Backbone(
+        load(cfg).net, cfg.teacher_size))
+    with pytest.raises(UserError, match="has to set fingerprint"):
+        train.main(tiny(teacher_views=0))
+
+
 def test_a_run_does_not_continue_with_another_optimiser(tiny, monkeypatch):
     cfg = tiny()
     train.main(cfg)

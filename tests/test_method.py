@@ -356,8 +356,9 @@ def test_shards_change_no_target_and_are_left_to_the_process_that_is_at_them(
     assert made[:3] == [names[1], names[2], names[0]]
 
 
-def test_there_may_be_more_shards_than_files_that_are_open_by_default(tiny, monkeypatch):
-    cfg = tiny(teacher_views=3, epochs=3)
+def test_there_may_be_more_shards_than_files_that_are_open_by_default(
+        tiny, tmp_path, monkeypatch):
+    cfg = tiny(teacher_views=3, epochs=3, cache_dir=str(tmp_path / "cache"))
     monkeypatch.setattr(data, "SHARD", 2)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = len(list(Path("/proc/self/fd").iterdir()))

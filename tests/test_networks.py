@@ -55,6 +55,10 @@ def test_a_student_can_start_from_weights_which_the_run_does_not_need_again(tiny
     train.main(cfg)
     assert same(finished, weights(cfg)), "a finished run"
     assert train.main(dataclasses.replace(cfg, epochs=2))["step"] == 10
+    assert train.main(dataclasses.replace(cfg, epochs=3, student_weights=""))["step"] == 15
+    assert json.loads((cfg.run_path / "config.json").read_text())["student_weights"]
+    with pytest.raises(UserError, match="student_weights: '.+', now 'others.safetensors'"):
+        train.main(dataclasses.replace(cfg, epochs=3, student_weights="others.safetensors"))
     with pytest.raises(UserError, match="start.safetensors does not fit"):
         train.main(dataclasses.replace(cfg, resume=False))
 
@@ -228,6 +232,17 @@ def test_an_image_of_which_the_teacher_outputs_nan_is_not_cached(tiny, tmp_path,
     with pytest.raises(UserError, match="the teacher outputs NaN"):
         train.main(cfg, objective=Once)
     assert not list((tmp_path / "cache" / "targets").rglob("*.i8"))
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(teacher="facebook/dinov2-with-registers-large"), "did you mean dinov2_vitl14_reg"),
+    (dict(teacher="Facebook/DINOv2-base"), "did you mean dinov2_vitb14[^_]*$"),
+    (dict(teacher="dino_v2_giant"), "did you mean dinov2_vitg14[^_]*$"),
+    (dict(student="dinov2_vits14"), "did you mean vit_small_patch14_dinov2"),
+])
+def test_other_names_of_dinov2_are_known(tiny, changes, words):
+    with pytest.raises(UserError, match=words):
+        train.main(tiny(**changes))
 
 
 def test_weights_that_have_no_place_are_said(tmp_path, monkeypatch):
