@@ -153,7 +153,9 @@ class Evaluator:
         numbers, classes = pandas.factorize(np.concatenate([names, names_test]), sort=True)
         self.classes = classes.tolist()
         self.y, self.y_test = torch.from_numpy(numbers).tensor_split([len(names)])  # -1: no label
-        labels = self.train.source.labels(cfg.label_column) or []  # of the whole split
+        labels = self.train.source.labels(cfg.label_column)  # of the whole split
+        if labels is None:
+            labels = []
         problem = why_not_classified(labels, names, names_test)
         self.labelled = not problem
         if problem:

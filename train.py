@@ -221,6 +221,7 @@ def from_rank_0(value):
 
 def check_groups(distiller, groups):
     """The same groups. Says which parameters are in none. Raises UserError for a rate in one."""
+    groups = [dict(group, params=list(group["params"])) for group in groups]
     if any("lr" in group for group in groups):
         raise UserError("parameter_groups: lr_scale, which multiplies --lr, in place of lr")
     there = {p for group in groups for p in group["params"]}

@@ -31,7 +31,7 @@ import model
 import train
 from config import DATASETS, EvalConfig, UserError
 from examples.forks import ema, gram, jitter, labels, masked, middle, queue_kl
-from test_smoke import TINY, latest, metrics, same
+from test_smoke import TINY, latest, metrics, same, weights
 
 ROOT = Path(__file__).parents[1]
 SMALL = "embed_dim=48 depth=2 num_heads=2 patch_size=8"
@@ -454,13 +454,15 @@ def test_groups_that_would_go_wrong_are_said(tiny, monkeypatch):
 
     class Forgotten(model.Distiller):
         def parameter_groups(self, weight_decay):
-            return [dict(params=list(self.student.parameters()))]
+            return [dict(params=self.student.parameters())]
 
     said = []
     monkeypatch.setattr(train.log, "warning", said.append)
     with pytest.raises(UserError, match="lr_scale, which multiplies --lr, in place of lr"):
         train.main(tiny(epochs=1), objective=Rate)
-    train.main(tiny(epochs=1, head="linear"), objective=Forgotten)
+    cfg = tiny(epochs=1, head="linear")
+    train.main(cfg, objective=Forgotten)
+    assert not same(weights(cfg), model.build_student(cfg).net.state_dict()), "it has learned"
     assert "leaves out 4 parameters" in said[0] and "cls_head.predict" in said[0], said
 
 
