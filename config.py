@@ -155,7 +155,7 @@ def wrong_dataset(name):
     if name in DATASETS and is_folder:
         return (f"{name} is a named data set, and a folder here: write ./{name} for the folder, or "
                 "start where there is none")
-    if os.path.isfile(name):
+    if name not in DATASETS and os.path.isfile(name):
         return f"--dataset {name!r} is a file: give its folder; for archives see docs/recipes.md"
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)
     if name in DATASETS or is_folder or on_hub:

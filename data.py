@@ -273,7 +273,7 @@ class Table:
         if image_column:
             images = [name for name in kinds if name == image_column]
         if len(images) != 1:
-            some = printable(", ".join([*kinds][:20]))
+            some = printable(", ".join([*kinds][:10]))
             raise UserError(f"not one image column among {some}: set --image_column; {READ}")
         (name,) = images
         self.part = part.with_format(None)
@@ -292,8 +292,8 @@ class Table:
         found = []
         for name in path.filter(compute.is_null(content)).drop_null().to_pylist():
             found.append(None)
-            with suppress(OSError):
-                found[-1] = stamp(*os.path.split(os.path.join(folder, name)))
+            with suppress(OSError, ValueError):
+                found[-1] = stamp(*os.path.split(os.path.abspath(os.path.join(folder, name))))
         return found
 
     def cells(self, rows):
@@ -311,7 +311,7 @@ class Table:
 def stamp(folder, name):
     """By which a file is known: when it changes, so does this."""
     file = os.stat(f"{folder}/{name}")
-    return name, file.st_size, file.st_mtime_ns, file.st_ctime_ns  # the last one cannot be set
+    return name, file.st_size, file.st_mtime_ns
 
 
 def class_name(kind, value):
@@ -361,9 +361,9 @@ def split_names(folders):
     """Names of folders -> {folder: split}, or {} if they are no splits. They are if each is called
     like one, or if there are one for training and one for tests. Words that all names have do not
     count, as in cats_train and cats_test, nor those of ADDED."""
+    inner = r"(?<=[a-z])(?=[A-Z])|(?<=[tT]rain|.[tT]est)(?=set|data|images)"
     words = {}
-    for folder in folders:  # testImages, testset -> test, images, set
-        inner = r"(?<=[a-z])(?=[A-Z])|(?<=[tT]rain|.[tT]est)(?=set|data|images)"
+    for folder in folders:  # testImages, testset -> test images, test set
         name = re.sub(inner, " ", f" {folder}")
         words[folder] = re.findall(r"[^\W\d_]+", name.lower())
     ignored = set().union(*words.values()).intersection(*words.values()) | ADDED
@@ -421,13 +421,14 @@ def open_folder(cfg):
     card = ""
     if "README.md" in names:
         card = Path(folder, "README.md").read_text(errors="replace")
-    configs = card.count("config_name:")
-    if cfg.dataset_config or configs > bool(images) or not images + tables + tars:
-        return open_with_card(folder, cfg.dataset_config or None, names)
     used = images or tars
     if tables:  # img2dataset writes one of captions beside each tar; some lay samples beside tables
         used = max(used, tables,
                    key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
+    configs = card.count("config_name:")
+    stated = configs > (used is images) or configs and "data_files:" in card
+    if cfg.dataset_config or stated or not used:
+        return open_with_card(folder, cfg.dataset_config or None, names)
     if used is images:
         places = {name: os.path.dirname(name) for name in images}
         splits = {split: Files(folder, once(folder, classes))
@@ -448,18 +449,14 @@ def once(folder, classes):
     return {name: label for name, label in classes.items() if os.path.dirname(name) in kept}
 
 
-def cache_place(folder, names):
-    """Where `datasets` keeps what it makes of some files: it knows a folder by its last name and
-    its card, a file by a time that can be set."""
-    there = [name for name in names if os.path.exists(f"{folder}/{name}")]
-    content = repr([folder, *(stamp(folder, name) for name in there)])
-    return str(Path(datasets.config.HF_DATASETS_CACHE, digest(content)))
-
-
 def open_with_card(folder, name, names):
     """What `datasets` makes of a folder, for example as its README.md states it -> split ->
     `datasets.Dataset`, and the names that are left out."""
-    builder = datasets.load_dataset_builder(folder, name, cache_dir=cache_place(folder, names))
+    # It knows a folder by its last name and its card: a place for each content.
+    there = [name for name in names if os.path.exists(f"{folder}/{name}")]
+    content = repr([folder, *(stamp(folder, name) for name in there)])
+    place = Path(datasets.config.HF_DATASETS_CACHE, digest(content))
+    builder = datasets.load_dataset_builder(folder, name, cache_dir=str(place))
     files = chain.from_iterable((builder.config.data_files or {}).values())
     files = {*map(os.path.abspath, files)}
     roots = folder, os.path.realpath(folder)
@@ -478,7 +475,7 @@ def open_tables(folder, names):
     if kind == "webdataset":
         for name in names:
             if lacks_end(f"{folder}/{name}"):
-                raise UserError(f"{name} is cut off")
+                raise UserError(f"{name} is cut off: it does not end as tar files do")
     # train-0-of-2.parquet is taken for a file in a folder `train`.
     places = {name: re.sub(NUMBERS, "", name) for name in names}
     splits = {}
@@ -488,8 +485,7 @@ def open_tables(folder, names):
             raise UserError(f"the files of {split or 'no split'} number their classes differently: "
                             "write them as one, with datasets")
         files = [glob.escape(file) for file in files]
-        splits[split] = datasets.load_dataset(kind, data_files=files, split="train",
-                                              cache_dir=cache_place(folder, some))
+        splits[split] = datasets.load_dataset(kind, data_files=files, split="train")
         splits[split].remark = about_files(some)
     return splits
 
@@ -499,7 +495,7 @@ def about_files(names):
     kinds = []
     stated = {}
     for name in names:
-        kind = re.sub(NUMBERS, "", name)
+        kind = re.sub(rf"[-_]?\d*{NUMBERS}", "", name)
         kinds.append(kind)
         if found := re.search(r"-of-(\d+)", name):
             stated[kind] = int(found[1])
@@ -515,6 +511,8 @@ def about_files(names):
 def lacks_end(tar):
     """Whether a tar shard does not end with 1,024 zeros: cut between two images, it reads well."""
     with open(tar, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":  # compressed
+            return False
         start = os.path.getsize(tar) - 1024
         file.seek(max(start, 0))
         return file.read() != bytes(1024)
@@ -596,8 +594,6 @@ def open_source(cfg, split):
     source.folders = [folder.rstrip("/")]  # of a function's "/" none: where the program runs
     source.folders += map(os.path.abspath, trusted)
     source.folders += map(os.path.realpath, trusted)
-    if isinstance(source, Table):
-        source.key.append(source.stamps(source.folders[0]))
     return source
 
 
@@ -738,8 +734,10 @@ def open_store(cfg, split, max_samples=0):
     Raises UserError as `open_source`."""
     source = open_source(cfg, split)
     size = cfg.stored_size or max(cfg.teacher_size, cfg.student_size)
-    key = json.dumps([STORE_FORMAT, size, max_samples, source.split, source.key])
-    name = f"{slug(cfg.dataset)}-{slug(source.split)}-{digest(key)}"
+    key = [STORE_FORMAT, size, max_samples, source.split, source.key]
+    if isinstance(source, Table):
+        key += source.stamps(source.folders[0])
+    name = f"{slug(cfg.dataset)}-{slug(source.split)}-{digest(json.dumps(key))}"
     path = Path(cfg.cache_dir, "stores", name)
     make_once(path, partial(build_store, source, max_samples, size))
     try:
@@ -750,7 +748,7 @@ def open_store(cfg, split, max_samples=0):
     image = try_decode(cell, store.size, source.folders)
     kept = store.images[np.arange(1)][0].numpy()
     if isinstance(image, str) or abs(image - kept.astype(float)).mean() > 2:
-        raise UserError(f"{path} holds images of other code: delete it")
+        raise UserError(f"{path} holds other images than the data now, or of other code: delete it")
     return store
 
 

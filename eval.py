@@ -331,7 +331,7 @@ def main(args, cfg=None):
     sizes = [own.stored_size or max(own.teacher_size, own.student_size) for _, own in loaded]
     at_largest = replace(loaded[0][1], stored_size=max(sizes))
     evaluator = Evaluator(at_largest, args.max_train, args.max_test)
-    (log.info if cfg else print)(evaluator)  # also into train.log
+    log.info(evaluator) if cfg else print(evaluator, flush=True)  # into train.log, too
     folders = {saved["path"].resolve().parent for saved, _ in loaded}
     alike = len({folder.name for folder in folders}) < len(folders)
     rows = {}  # checkpoints may share a teacher or an untrained student, and so its row

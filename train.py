@@ -24,7 +24,7 @@ import signal
 import sys
 import textwrap
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
 
         # ------------------------------------------------------------ optimiser and precision
         dtype = models.pick_dtype(cfg.precision, device)
-        groups = check_groups(distiller, distiller.parameter_groups(cfg.weight_decay))
+        groups = distiller.parameter_groups(cfg.weight_decay)
         if cfg.optimiser == "muon":
             optimiser = Muon(groups, cfg.lr, dtype)
         else:
@@ -96,13 +96,13 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         journal = Journal(cfg, saved, rank, device)
         journal.header(store, teacher, student, dtype, steps_per_epoch, world, saved)
         parts = dict(objective=distiller, optimiser=optimiser, scaler=scaler)  # of a checkpoint
+        check_groups(cfg, distiller, parts)
         if saved:
             for name, part in parts.items():
                 if saved[name]:  # the scaler's is empty but in fp16
                     part.load_state_dict(saved[name])
         else:  # measure the mean and the principal axes of what the teacher outputs
-            rows = data.epoch_order(len(store), cfg.seed, 0)[:FIT_IMAGES]
-            distiller.fit(sample_features(distiller, teach, store, rows, device))
+            distiller.fit(sample_features(distiller, teach, store, device))
             broadcast(distiller)  # the same bits everywhere, as they name the cache
         step = saved["step"] if saved else 0
         compile_networks(cfg, distiller, teacher, device)
@@ -184,7 +184,7 @@ def find_checkpoint(cfg, rank):
                             f"{saved['epoch']:g}")
     saved = from_rank_0(saved)
     if saved:
-        cfg = replace(cfg, student_weights=saved["config"]["student_weights"])
+        cfg = replace(cfg, student_weights=saved["config"].get("student_weights", ""))
     return saved, cfg
 
 
@@ -194,7 +194,7 @@ def check_agreement(cfg, saved, identity, dtype):
     if saved:
         refuse_changes(f"{cfg.run_path} holds a run of other images (decoded, in order), "
                        "another teacher, objective or optimiser; see --run_dir and --no_resume",
-                       saved["identity"], identity)
+                       identity | saved["identity"], identity)
     if not identity["teacher"]:
         raise UserError("load_teacher has to set fingerprint, which names the teacher's weights")
     own = cfg.fixed_settings() | identity  # of the teacher the digest, not the name
@@ -219,22 +219,24 @@ def from_rank_0(value):
     return shared[0]
 
 
-def check_groups(distiller, groups):
-    """The same groups. Says which parameters are in none. Raises UserError for a rate in one."""
-    groups = [dict(group, params=list(group["params"])) for group in groups]
-    if any("lr" in group for group in groups):
+def check_groups(cfg, distiller, parts):
+    """Say which parameters no optimiser of `parts` has. Raises UserError for a group's own rate."""
+    if any(group["lr"] != cfg.lr for group in parts["optimiser"].param_groups):
         raise UserError("parameter_groups: lr_scale, which multiplies --lr, in place of lr")
-    there = {p for group in groups for p in group["params"]}
+    learning = set()
+    for part in parts.values():
+        for group in getattr(part, "param_groups", []):
+            learning |= {*group["params"]}
     left_out = [name for name, p in distiller.named_parameters()
-                if p.requires_grad and p not in there]
+                if p.requires_grad and p not in learning]
     if left_out:
         log.warning(f"parameter_groups leaves out {len(left_out)} parameters, which will not "
                     f"learn, such as {left_out[0]}")
-    return groups
 
 
-def sample_features(distiller, teach, store, rows, device):
+def sample_features(distiller, teach, store, device):
     """The teacher's Features of some images, with a few places of each: float32, all at once."""
+    rows = data.epoch_order(len(store), distiller.cfg.seed, 0)[:FIT_IMAGES]
     generator = torch.Generator().manual_seed(0)
     sampled = []
     parts = data.progress(data.chunks(rows), "the teacher's mean and axes")
@@ -457,9 +459,11 @@ class Journal:
                  f"run       {cfg.run_path}")
         if saved:
             log.info(f"continuing at step {saved['step']}, written at commit {saved['commit']}")
-        elif min(len(store), total) < 1000:
-            log.warning(f"          {len(store)} images and {total} steps teach little, a few "
-                        "thousand more: raise --epochs or lower --batch_size")
+        elif total < 1000:
+            log.warning(f"          {total} steps teach little, a few thousand more: "
+                        "raise --epochs or lower --batch_size")
+        elif len(store) < 1000:
+            log.warning(f"          {len(store)} images teach little: see docs/faq.md")
 
     def start(self, step, total):
         """Training begins: speeds, the time left and that of the next checkpoint count from now."""
@@ -506,9 +510,12 @@ class Journal:
         epochs with the accuracy of the student. `line` is the last of the history, too."""
         cfg, epoch = self.cfg, line["epoch"]
         if cfg.eval_every and epoch % cfg.eval_every == 0:
-            features = self.evaluator.features(student)
-            quick = self.evaluator.evaluate(*features, probe=False)
-            line |= {f"test_{name}": value for name, value in quick.items()}
+            try:
+                features = self.evaluator.features(student)
+                quick = self.evaluator.evaluate(*features, probe=False)
+                line |= {f"test_{name}": value for name, value in quick.items()}
+            except UserError as error:  # an overflow in fp16 need not end the run
+                log.warning(f"not evaluated: {error}")
             student.train()
             self.logged_at = monotonic()
         if epoch.is_integer():
@@ -570,7 +577,8 @@ def processes(cfg):
     if world > 1:
         dist.init_process_group(BACKENDS[device.type])
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each shard of targets stays open
+    with suppress(OSError, ValueError):  # each shard of targets stays open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     path = cfg.run_path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with data.locked(f"{path}.lock", wait=False) if rank == 0 else nullcontext():

@@ -164,33 +164,27 @@ def test_replaced_images_of_the_same_names_and_sizes_are_seen(own, tmp_path, kin
     assert second.fingerprint != first.fingerprint and (pixels(first) != pixels(second)).any()
 
 
-def test_images_of_the_same_names_sizes_and_times_are_seen(own, tmp_path, monkeypatch):
-    """A copy may keep times. Also of those that a table names, which is not changed itself."""
+@pytest.mark.parametrize("kept", [False, True], ids="times_{}".format)
+def test_other_images_of_the_same_names_and_sizes_are_seen(own, tmp_path, monkeypatch, kept):
+    """Also of those that a table names, which is not changed itself. Where they have also the same
+    times, as a copy may, the store of the old ones is refused."""
     files = [tmp_path / "own" / f"{i}.bmp" for i in range(4)]
     paths = dict(image=list(map(str, files)))
     monkeypatch.setitem(DATASETS, "mine", lambda: dict(
         train=datasets.Dataset.from_dict(paths).cast_column("image", datasets.Image())))
-    found = set()
     files[0].parent.mkdir()
+    found = set()
     for first in (0, 10):
         for i, file in enumerate(files):
             file.write_bytes(png(first + i, "bmp"))
-            os.utime(file, (1e9, 1e9))
-        found |= {data.open_store(own(), "train").fingerprint,
-                  data.open_store(own(dataset="mine"), "train").fingerprint}
-    assert len(found) == 2, "the folder and the table hold the same"
-
-
-def test_parquet_files_of_the_same_size_and_time_are_seen(own, tmp_path):
-    found = set()
-    for first in (0, 50):
-        folder = Path(tables(tmp_path / f"{first}", [0, 1], first=first))
-        file = tmp_path / "own" / "train.parquet"
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes((folder / "train.parquet").read_bytes())
-        os.utime(file, (1e9, 1e9))
-        found.add(data.open_store(own(), "train").fingerprint)
-    assert len(found) == 2
+            os.utime(file, (1e9 + first * (not kept), 1e9 + first * (not kept)))
+        for cfg in (own(), own(dataset="mine")):
+            if first and kept:
+                with pytest.raises(UserError, match="holds other images than the data now"):
+                    data.open_store(cfg, "train")
+            else:
+                found.add(data.open_store(cfg, "train").fingerprint)
+    assert len(found) == 2 - kept, "the folder and the table hold the same"
 
 
 def test_a_store_of_other_code_is_refused(own, tmp_path, monkeypatch):
@@ -198,7 +192,7 @@ def test_a_store_of_other_code_is_refused(own, tmp_path, monkeypatch):
     data.open_store(own(), "train")
     decode = data.decode
     monkeypatch.setattr(data, "decode", lambda *how: 255 - decode(*how))
-    with pytest.raises(UserError, match="holds images of other code: delete it"):
+    with pytest.raises(UserError, match="or of other code: delete it"):
         data.open_store(own(), "train")
 
 
@@ -664,6 +658,18 @@ def test_a_data_card_reads_nothing_outside_of_its_folder(own, tmp_path):
     assert "left out: 1 .md, 1 .heic" in data.open_store(own(), "train").summary
     (tmp_path / "link").symlink_to(tmp_path / "own")
     assert len(data.open_store(own(dataset=str(tmp_path / "link")), "train")) == 2
+
+
+def test_a_data_card_states_the_splits_of_tables_beside_which_there_is_an_image(own, tmp_path):
+    tables(tmp_path, [0, 1], [0])
+    folder = tmp_path / "own"
+    (folder / "train.parquet").rename(folder / "learn.parquet")
+    (folder / "test.parquet").rename(folder / "held.parquet")
+    put(folder, "logo.png")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+        "    path: learn.parquet\n  - split: test\n    path: held.parquet\n---\n")
+    assert [len(data.open_store(own(), split)) for split in ("train", "test")] == [2, 1]
 
 
 def test_images_with_a_data_card_are_read_as_without(own, tmp_path, monkeypatch):

@@ -450,7 +450,7 @@ def test_a_data_set_of_ones_own_is_known_by_its_content(tiny, tmp_path, monkeypa
 def test_groups_that_would_go_wrong_are_said(tiny, monkeypatch):
     class Rate(model.Distiller):
         def parameter_groups(self, weight_decay):
-            return [dict(params=list(self.parameters()), lr=1e-6)]
+            return [dict(params=self.parameters(), lr=1e-6)]
 
     class Forgotten(model.Distiller):
         def parameter_groups(self, weight_decay):
@@ -463,7 +463,7 @@ def test_groups_that_would_go_wrong_are_said(tiny, monkeypatch):
     cfg = tiny(epochs=1, head="linear")
     train.main(cfg, objective=Forgotten)
     assert not same(weights(cfg), model.build_student(cfg).net.state_dict()), "it has learned"
-    assert "leaves out 4 parameters" in said[0] and "cls_head.predict" in said[0], said
+    assert [text for text in said if "leaves out 4 " in text and "cls_head.predict" in text], said
 
 
 def test_a_teacher_of_ones_own_needs_a_fingerprint(tiny, monkeypatch):
@@ -475,7 +475,12 @@ def test_a_teacher_of_ones_own_needs_a_fingerprint(tiny, monkeypatch):
 
 
 def test_a_run_does_not_continue_with_another_optimiser(tiny, monkeypatch):
-    cfg = tiny()
+    cfg = tiny(epochs=1)
+    train.main(cfg)
+    saved = torch.load(latest(cfg), weights_only=True)
+    del saved["identity"]["optimiser"]  # an older run continues
+    torch.save(saved, latest(cfg))
+    cfg = dataclasses.replace(cfg, epochs=2)
     train.main(cfg)
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.RAdam(
         groups, lr, decoupled_weight_decay=True))  # a setting of the fork, and states of the names
