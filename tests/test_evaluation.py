@@ -173,7 +173,6 @@ def test_the_file_is_written_before_the_table_is_printed(own, tmp_path, monkeypa
     assert (own().run_path / "eval.json").exists()
 
 
-@pytest.mark.slow
 def test_a_run_that_ended_is_evaluated_on_other_data_in_another_file(own, tmp_path, capsys):
     tables(tmp_path, [0, 1] * 8, [0, 1])
     (tmp_path / "own").rename(tmp_path / "other")
@@ -186,7 +185,7 @@ def test_a_run_that_ended_is_evaluated_on_other_data_in_another_file(own, tmp_pa
     (other,) = cfg.run_path.glob("eval-other-*.json")
     assert json.loads(other.read_text())[0]["test_images"] == 2
     text = (cfg.run_path / "train.log").read_text()
-    assert "16 images to learn from, 4 to test on" in text and "; 2 of 2 are used" in text
+    assert "16 images to learn from, 4 to test on" in text and "test: 2 of 2 are used" in text
 
     (cfg.run_path / "eval.json").unlink()
     (cfg.run_path / "eval.json").mkdir()  # in the place of a run that is not one's own
@@ -196,6 +195,7 @@ def test_a_run_that_ended_is_evaluated_on_other_data_in_another_file(own, tmp_pa
     assert "k-NN" in printed and "not written, IsADirectoryError" in printed
 
 
+@pytest.mark.slow
 def test_folders_whose_names_are_no_utf8_are_trained_on_evaluated_and_logged(own, tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     put(folder / "own", *[f"{c}/{i}.png" for c in "ab" for i in range(8)])
