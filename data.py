@@ -426,7 +426,8 @@ def open_folder(cfg):
         used = max(used, tables,
                    key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
     configs = card.count("config_name:")
-    stated = configs > (used is images) or configs and "data_files:" in card
+    # Images need a card only where it names files, or several configurations.
+    stated = configs > 1 or configs and (used is not images or "data_files:" in card)
     if cfg.dataset_config or stated or not used:
         return open_with_card(folder, cfg.dataset_config or None, names)
     if used is images:
@@ -441,9 +442,10 @@ def open_folder(cfg):
 
 def once(folder, classes):
     """The same files, but those of a folder that links lead to by one name alone."""
-    places = sorted({os.path.dirname(name) for name in classes})
+    places = {os.path.dirname(name) for name in classes}
     names = {}
-    for place in sorted(places, key=lambda place: place.count("/")):  # the folder's own comes first
+    # The folder's own name comes first: it has the fewest folders around it.
+    for place in sorted(places, key=lambda place: (place.count("/"), place)):
         names.setdefault(os.path.realpath(f"{folder}/{place}"), place)
     kept = {*names.values()}
     return {name: label for name, label in classes.items() if os.path.dirname(name) in kept}
@@ -712,13 +714,17 @@ class Store:
 
     def labels(self, column=""):
         """The class name of each image, or None: an array of objects [I]."""
+        return self.source_labels(column)[self.rows]
+
+    def source_labels(self, column=""):
+        """The same of all images of the source, also of those that are not in the store."""
         names = self.source.labels(column)
         if names is None:
             names = [None] * len(self.source)
         # An accent may be a letter's own or a character behind it.
         names = [None if name is None else unicodedata.normalize("NFC", str(name))
                  for name in names]
-        return np.array(names, dtype=object)[self.rows]
+        return np.array(names, dtype=object)
 
     def names(self, rows):
         """The file name, or else the row in the source, of some images."""

@@ -96,7 +96,7 @@ def linear_probe(train, labels, test):
     std = train.double().std(0, correction=0).clamp_min(1e-8)
     train = (train - mean) / std
     test = (test - mean) / std
-    known, labels = labels.unique(return_inverse=True)  # of the test images' classes
+    known, labels = labels.unique(return_inverse=True)  # not the classes of test images alone
     order = np.random.default_rng(0).permutation(len(train))
     # Below ten images none is held out: all scores are NaN, and max takes the first, smallest C.
     held, rest = np.split(order, [len(order) // HOLDOUT])
@@ -144,7 +144,8 @@ class Evaluator:
             self.test = self.train
             test_rows = data.subset(train_rows, math.ceil(len(train_rows) / 10), data.HELD_OUT)
             train_rows = np.setdiff1d(train_rows, test_rows)
-        labels = self.train.labels(cfg.label_column)
+        source_labels = self.train.source_labels(cfg.label_column)
+        labels = source_labels[self.train.rows]
         labels_test = self.test.labels(cfg.label_column)
         self.train_rows = with_labels(labels, train_rows, max_train)
         self.test_rows = with_labels(labels_test, test_rows, max_test)
@@ -153,10 +154,7 @@ class Evaluator:
         numbers, classes = pandas.factorize(np.concatenate([names, names_test]), sort=True)
         self.classes = classes.tolist()
         self.y, self.y_test = torch.from_numpy(numbers).tensor_split([len(names)])  # -1: no label
-        labels = self.train.source.labels(cfg.label_column)  # of the whole split
-        if labels is None:
-            labels = []
-        problem = why_not_classified(labels, names, names_test)
+        problem = why_not_classified(source_labels, names, names_test)
         self.labelled = not problem
         if problem:
             if cfg.label_column:

@@ -191,7 +191,7 @@ def find_checkpoint(cfg, rank):
 def check_agreement(cfg, saved, identity, dtype):
     """Raise UserError if the run to be continued is of other images, or of another teacher,
     objective or optimiser, or if the processes differ in these, in settings or in precision."""
-    if saved:
+    if saved:  # an older checkpoint may lack a part of the identity
         refuse_changes(f"{cfg.run_path} holds a run of other images (decoded, in order), "
                        "another teacher, objective or optimiser; see --run_dir and --no_resume",
                        identity | saved["identity"], identity)
