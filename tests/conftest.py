@@ -1,13 +1,26 @@
 """The tests in this folder use the fixtures of the specification, and some images."""
 
 import io
+import os
+import timeit
 
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from test_smoke import cache, tiny  # noqa: F401
+
+# Networks this small are slower on two threads, here and in the processes that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def quick_timing(monkeypatch):
+    """An evaluation times one forward, not 0.2 seconds of them."""
+    monkeypatch.setattr(timeit.Timer, "autorange", lambda timer: (1, timer.timeit(1)))
 
 
 def png(seed: int, kind: str = "png") -> bytes:

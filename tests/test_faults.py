@@ -95,8 +95,8 @@ def test_a_second_process_on_the_same_run_is_refused(tmp_path):
     assert os.listdir(tmp_path) == ["run.lock"], "nothing was written"
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_says_how_to_go_on_and_sets_the_status(tmp_path, undisturbed, number):
     cfg = settings(tmp_path)
     flags = [f"--{name}={value}" for name, value in TINY.items()]

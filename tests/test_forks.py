@@ -155,7 +155,8 @@ def check_export(cfg) -> None:
         assert torch.allclose(got, student(images).cls, atol=1e-5)
 
 
-@pytest.mark.parametrize("fork", FORKS)
+@pytest.mark.parametrize(
+    "fork", [FORKS[0], *(pytest.param(fork, marks=pytest.mark.slow) for fork in FORKS[1:])])
 def test_a_fork_keeps_every_promise(tiny, tmp_path, monkeypatch, fork):
     cfg = tiny(epochs=3, teacher_views=1, student_args=SMALL)
     cfg = continues(cfg, monkeypatch, fork)
@@ -172,6 +173,7 @@ def test_a_fork_trains_where_the_grids_differ_and_nothing_is_cached(tiny, tmp_pa
     continues(cfg, monkeypatch, fork)
 
 
+@pytest.mark.slow
 def test_forks_with_other_targets_have_a_cache_of_their_own(tiny, tmp_path):
     changes = dict(cache_dir=str(tmp_path / "cache"), epochs=1, teacher_views=1)
     counts = {}

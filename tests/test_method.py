@@ -73,6 +73,7 @@ def test_a_grid_is_resampled_without_aliasing():
     assert model.resample_patches(noise, (16, 16), (4, 4)).std() < 0.3, "0.5 by point samples"
 
 
+@pytest.mark.slow
 def test_a_quick_evaluation_does_not_change_the_training(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "QUICK_EVAL", (40, 40))
     cfg = tiny(student="resnet10t", student_args="drop_path_rate=0.1")  # with batch norm

@@ -89,6 +89,7 @@ def save_network(path, name, **arguments):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, widths, most", [
     (dict(teacher="mobilenetv4_conv_small", teacher_size=64), (48, 48), 0.97),
     (dict(teacher="mobilenetv4_conv_small", teacher_size=64, head="linear"), (1280, 960), 0.97),
