@@ -298,10 +298,11 @@ def build_student(cfg, state=None) -> Backbone:
         elif cfg.pool == "mean" and hasattr(blank, "cls_token"):
             raise UserError("--pool mean is for timm's VisionTransformer, and for conv nets")
         weights = "" if state else cfg.student_weights
-        student = Backbone(create(cfg.student, arguments, weights), cfg.student_size)
-        if state:
-            student.net.load_state_dict(state)
-        else:  # some models fail only in training; on a copy, as batch norm learns from a forward
+        net = create(cfg.student, arguments, weights)
+        if state:  # before its first forward, as TinyViT and LeViT keep what they compute
+            net.load_state_dict(state)
+        student = Backbone(net, cfg.student_size)
+        if not state:  # some models fail only in training; on a copy, as batch norm learns
             images = torch.zeros(min(cfg.batch_size, 2), 3, cfg.student_size, cfg.student_size)
             copy.deepcopy(student).train()(images)
     student.arguments = arguments

@@ -262,3 +262,18 @@ def test_weights_that_have_no_place_are_said(tmp_path, monkeypatch):
     model.build_student(dataclasses.replace(cfg, student="resnet10t", student_size=64,
                                             student_args="layers=(1,1,1,0)"))
     assert len(said) == 2 and "layer4.0." in said[1], said
+
+
+@pytest.mark.parametrize("name", ["tiny_vit_5m_224", "levit_128s"])
+def test_a_student_that_keeps_what_it_computes_embeds_with_its_checkpoints_weights(tiny, name):
+    # Both keep attention biases of their first forward in eval mode.
+    size = 96 if name == "tiny_vit_5m_224" else 224
+    cfg = tiny(student=name, student_size=size, student_args="")
+    trained = model.build_student(cfg).train()
+    for key, weight in trained.net.named_parameters():
+        if key.endswith("attention_biases"):
+            torch.nn.init.normal_(weight.data)
+    state = trained.net.state_dict()
+    images = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(model.build_student(cfg, state)(images).cls, trained.eval()(images).cls)
