@@ -19,7 +19,8 @@ from huggingface_hub.utils import get_session
 from demo.shapes import shapes
 
 # Threads that wait for others sleep soon: beside another program, spinning ones take several times
-# as long (results/speed/busy.txt). torch reads this when it is imported, which nothing above does.
+# as long (results/speed/busy.txt). torch reads this when it is imported: train.py and eval.py do so
+# after this file.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 log = logging.getLogger("distill")
@@ -103,7 +104,8 @@ class Config:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluate checkpoints. What is left empty is as in the first checkpoint."""
+    """Evaluate checkpoints. What is left empty is as in the first checkpoint, but for how another
+    data set is read."""
     checkpoints: list = ()
     # data
     dataset: str = ""  # evaluate on other images, with or without labels, in train.py's forms
@@ -164,9 +166,10 @@ def wrong_dataset(name):
             f"Hub, nor {', '.join(DATASETS)}")
 
 
-def validate(cfg, *datasets, found=()):
-    """Return cfg. Raises UserError: problems `found` before, unknown data sets, bad values."""
-    wrong = dict.fromkeys(map(wrong_dataset, datasets))  # each once
+def validate(cfg, *names, found=()):
+    """Return cfg. Raises UserError: what is `found` to be wrong already, names of data sets that
+    cannot be looked for, bad values."""
+    wrong = dict.fromkeys(map(wrong_dataset, names))  # each once
     found = [*found, *filter(None, wrong)]
     for name, value in vars(cfg).items():
         default = getattr(type(cfg), name)
@@ -177,7 +180,7 @@ def validate(cfg, *datasets, found=()):
         kinds = int if isinstance(default, int) else (int, float)
         is_right = isinstance(value, kinds) and low <= value <= high
         if isinstance(default, int | float) and not is_right:
-            whole = ", a whole number" * isinstance(default, int)
+            whole = ", a whole number" if isinstance(default, int) else ""
             found.append(f"--{name} {value}: must be from {low} to {high:g}{whole}")
         if isinstance(default, str) and not isinstance(value, str):
             found.append(f"--{name} {value}: must be text")
@@ -202,7 +205,6 @@ def make_parser(cls):
         parser.usage = "%(prog)s checkpoint ... [--setting value ...]"
         parser.add_argument("checkpoints", nargs="+",
                             help="checkpoint files or run folders; a row of the table each")
-    group = parser
     # A line "    # loss" begins a section, "    epochs: int = 50  # passes over the data" a flag.
     for name, text in re.findall(r"^    (?:(\w+): .*  )?# (.*)$", inspect.getsource(cls), re.M):
         if not name:

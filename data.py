@@ -213,7 +213,7 @@ def quantise(targets):
 
 
 def dequantise(quantised):
-    """int8 [B, T, D + 2] -> float32 [B, T, D], with a cosine above 0.9995 to what was quantised."""
+    """int8 [B, T, D + 2] -> float32 [B, T, D], of embeddings with a cosine above 0.9995."""
     scale = quantised[..., -2:].contiguous().view(torch.float16)
     return quantised[..., :-2].float() * scale.float()
 
@@ -229,7 +229,7 @@ READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet fi
 TRAIN = "train", "training", "trainval"  # what a split may be called: the first one there is
 TEST = ("test", "testing", "validation", "validate", "valid", "val", "dev", "evaluation", "eval",
         "holdout")
-ADDED = set("data dataset image images img part photos pictures seg set".split())  # to such a name
+ADDED = set("data dataset image images img part photos pictures seg set".split())  # beside it
 NO_DATA = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}  # thumbnails and bins of disks
 NUMBERS = r"([-_]\d+)?(-of-\d+)?(-[0-9a-f]{16})?\.\w+$"  # the end of a shard's name
 NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
@@ -333,8 +333,9 @@ def is_image(name):
 
 def list_files(folder, root, skipped, linked=False):
     """Yield the relative names of all files below a folder, in order, of a dead link "NAME (dead
-    link)". Links are followed, but not in a circle; of links to folders within `root` only one
-    after the other. What begins with a dot is left out, and so are the folders of `skipped`."""
+    link)". Links are followed. A link to a folder within `root` is not followed below another such
+    link, or folders that link to each other would be listed without end. What begins with a dot is
+    left out, and so are the folders of `skipped`."""
     real = os.path.realpath(folder)
     is_link = os.path.islink(folder) and Path(root) in Path(real).parents
     if real in skipped or is_link and linked:
@@ -359,13 +360,13 @@ def list_files(folder, root, skipped, linked=False):
 
 def split_names(folders):
     """Names of folders -> {folder: split}, or {} if they are no splits. They are if each is called
-    like one, or if there are one for training and one for tests. Words that all names have do not
-    count, as in cats_train and cats_test, nor those of ADDED."""
-    inner = r"(?<=[a-z])(?=[A-Z])|(?<=[tT]rain|.[tT]est)(?=set|data|images)"
+    like one (TRAIN, TEST), or at least one for training and one for tests. Words that all names
+    have do not count, as in cats_train and cats_test, nor those of ADDED."""
+    inner = r"(?<=[a-z])(?=[A-Z])|(?:(?<=[tT]rain)|(?<=[tT]est))(?=set|data|images)"
     words = {}
     for folder in folders:  # testImages, testset -> test images, test set
-        name = re.sub(inner, " ", f" {folder}")
-        words[folder] = re.findall(r"[^\W\d_]+", name.lower())
+        name = re.sub(inner, " ", folder).lower()
+        words[folder] = re.findall(r"[^\W\d_]+", name)
     ignored = set().union(*words.values()).intersection(*words.values()) | ADDED
     names = {}
     for folder, some in words.items():
@@ -441,10 +442,9 @@ def open_folder(cfg):
 
 
 def once(folder, classes):
-    """The same files, but those of a folder that links lead to by one name alone."""
+    """The same files, but a folder that links also lead to has one name, the shortest way to it."""
     places = {os.path.dirname(name) for name in classes}
     names = {}
-    # The folder's own name comes first: it has the fewest folders around it.
     for place in sorted(places, key=lambda place: (place.count("/"), place)):
         names.setdefault(os.path.realpath(f"{folder}/{place}"), place)
     kept = {*names.values()}
@@ -546,7 +546,7 @@ def open_saved(folder, names):
 def open_splits(cfg):
     """A data set -> split -> `datasets.Dataset` or `Files`, the files that are left out, and its
     folder or "". A named one may be a function that returns split -> `datasets.Dataset`, or -> an
-    object with the methods of `Table` (demo/shapes.py). Raises UserError: not found, no network."""
+    object as described above `Files` (demo/shapes.py). Raises UserError: not found, no network."""
     named = DATASETS.get(cfg.dataset, cfg.dataset)
     try:
         if callable(named):
@@ -564,7 +564,7 @@ def open_splits(cfg):
 
 
 def open_source(cfg, split):
-    """A split of a data set: an object with the methods of `Table`, and attributes split; notes, a
+    """A split of a data set: an object as described above `Files`, with attributes split; notes, a
     line on what was found; folders: first the base of relative paths in cells, "" where the program
     runs, then those within which all paths have to lead.
     Raises UserError as `open_splits`; no such split; no or several image columns."""

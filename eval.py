@@ -98,7 +98,6 @@ def linear_probe(train, labels, test):
     test = (test - mean) / std
     known, labels = labels.unique(return_inverse=True)  # not the classes of test images alone
     order = np.random.default_rng(0).permutation(len(train))
-    # Below ten images none is held out: all scores are NaN, and max takes the first, smallest C.
     held, rest = np.split(order, [len(order) // HOLDOUT])
     w = train.new_zeros(len(known), train.shape[1] + 1)
     scores = {}
@@ -111,6 +110,7 @@ def linear_probe(train, labels, test):
         error = (best * (1 - best) / max(len(held), 1)) ** 0.5  # its standard error
         if scores[C] < best - 2 * error:
             break
+    # Below ten images none is held out: every score is NaN, and max returns the first C.
     C = max(scores, key=scores.get)
     w = fit_probe(train, labels, C, fits[C])
     return known[probe_scores(w, test).argmax(1)], C
@@ -146,7 +146,8 @@ class Evaluator:
             train_rows = np.setdiff1d(train_rows, test_rows)
         source_labels = self.train.source_labels(cfg.label_column)
         labels = source_labels[self.train.rows]
-        labels_test = self.test.labels(cfg.label_column)
+        same = self.test is self.train
+        labels_test = labels if same else self.test.labels(cfg.label_column)
         self.train_rows = with_labels(labels, train_rows, max_train)
         self.test_rows = with_labels(labels_test, test_rows, max_test)
         names = labels[self.train_rows]
@@ -186,7 +187,8 @@ class Evaluator:
         for _, images in data.read(parts, self.device, store.images):
             with torch.inference_mode(), self.autocast:
                 features = backbone(data.render(images, backbone.image_size))
-            models.finite(features.cls, name)
+            for outputs in features:
+                models.finite(outputs, name)
             yield images, features
 
     def features(self, backbone):
@@ -300,8 +302,8 @@ def why_not_classified(labels, learned, asked):
 
 
 def on_dataset(cfg, dataset, **changes):
-    """A Config for another data set, if there is one, without what describes the training data;
-    all of the networks stay, and label_column and test_split unless they are changed."""
+    """The Config to evaluate on another data set, if there is one. What says how to read the
+    training data is reset, all of the networks stays, and `changes` are made."""
     if not dataset:
         return cfg
     return replace(cfg, dataset=dataset, eval_dataset="", dataset_config="", image_column="",

@@ -69,7 +69,8 @@ def finite(outputs, network="teacher"):
 
 
 def some_places(features, generator):
-    """Features whose patches [B, N, D], and fields like them, keep PLACES random ones: float32."""
+    """Features whose patches [B, N, D], and fields like them, keep PLACES random places, the same
+    for all images: float32."""
     def keep(x):
         if x.ndim == 3:
             x = x[:, torch.randperm(x.shape[1], generator=generator)[:PLACES]]
@@ -117,8 +118,7 @@ class Head(nn.Module):
         if self.kind == "pca":
             covariance = (centred.T @ centred).cpu().double()
             axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)
-            # To Ds columns: a negative padding cuts.
-            self.basis.copy_(F.pad(axes, (0, len(self.scale) - len(axes))))
+            self.basis[:, : len(axes)] = axes[:, : len(self.scale)]  # further columns stay zero
         std = (centred @ self.basis).std(0, correction=0)
         self.scale.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0) ** self.whiten)
 
@@ -201,7 +201,8 @@ class Distiller(nn.Module):
         return param_groups_weight_decay(self, weight_decay, no_weight_decay_list=tokens)
 
     def after_step(self, step):
-        """Called after optimiser step `step`, counted from 0: averages, queues."""
+        """Called after optimiser step `step`, counted from 0: averages, queues. Gradients may be
+        gone by then."""
 
     @property
     def evaluated(self):
@@ -357,9 +358,10 @@ def check_model(name, size, arguments):
         raise UserError("arguments of a model name no weights and drop no patches")
     if not timm.is_model(name):  # timm would also take "hf-hub:owner/name"
         # Also what the Hub calls them: facebook/dinov2-base -> dinov2_vitb14.
-        size = re.search(r"dino_?v2.*([sblg])(mall|ase|arge|iant)", name.lower())
-        if size:
-            name = f"dinov2_vit{size[1]}14" + "_reg" * ("reg" in name.lower())
+        official = re.search(r"dino_?v2.*([sblg])(mall|ase|arge|iant)", name.lower())
+        if official:
+            suffix = "_reg" if "reg" in name.lower() else ""
+            name = f"dinov2_vit{official[1]}14{suffix}"
         else:  # a student by a teacher's name
             name = TEACHERS.get(name, name)
         raise UserError(f"not a model of timm {timm.__version__} or of an imported file"

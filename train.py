@@ -6,8 +6,9 @@
 
 The teacher embeds a few views (crops) of every image once, into a cache. Each step then cuts one
 view out of each image of a batch, embeds it with the student, and pulls the student's embeddings
-towards the teacher's. The same command continues an interrupted run, to the same weights. Writes
-config.json, train.log, metrics.jsonl, checkpoints, and student.safetensors, which timm loads."""
+towards the teacher's. The same command continues an interrupted run, on a CPU to the
+same bits. Writes config.json, train.log, metrics.jsonl, checkpoints, and student.safetensors, which
+timm loads."""
 
 from config import Config, EvalConfig, UserError, cli, log, reason, validate, write_atomically
 
@@ -326,6 +327,10 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
         bar = data.progress(parts, f"targets of view {view + 1} of {count}")
         for index, stored in data.read(bar, device, store.images):
             yield distiller.targets(teach(stored, view, index))
+    first = np.resize(shards[0], size)
+    expected = {view: next(compute(view, first)).cpu() for view in {0, count - 1}}
+    T, D = expected[0].shape[1:]
+    length = T * (D + 2)
 
     def fill(view, rows, path):
         with open(path, "wb") as file:
@@ -333,10 +338,6 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
                 file.write(data.quantise(models.finite(targets)).cpu().numpy())
             file.truncate(len(rows) * length)  # the first images filled up the last part
 
-    first = np.resize(shards[0], size)
-    expected = {view: next(compute(view, first)).cpu() for view in {0, count - 1}}
-    T, D = expected[0].shape[1:]
-    length = T * (D + 2)
     key = [identity["images"], identity["teacher"], dtype, len(store), T, D]
     folder = cache_folder(cfg, distiller, key)
     jobs = [(folder / f"view_{view}_{number}.i8", view, rows)
@@ -419,8 +420,8 @@ def average_gradients(module):
 
 
 class Journal:
-    """The log: the terminal, train.log and metrics.jsonl in the run folder. All processes
-    `average`; rank 0 alone writes."""
+    """What the run folder and the terminal get: log, metrics, settings, checkpoints, evaluations.
+    All processes `average`; rank 0 alone writes, and moves the folder of an older run aside."""
 
     def __init__(self, cfg, saved, rank, device):
         self.cfg, self.device = cfg, device
