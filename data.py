@@ -388,7 +388,7 @@ def folder_splits(places):
     for i in range(5):
         folders = {path[i] for path in paths.values() if len(path) > i}
         levels.append(split_names(folders))
-    known = max(levels, key=lambda names: len({*names.values()}))
+    known = max(levels, key=lambda names: len({*names.values()} & {*TRAIN, *TEST}))
     level = levels.index(known)
     beside = "" if known else "train"
     splits = {}
@@ -454,6 +454,10 @@ def once(folder, classes):
 def open_with_card(folder, name, names):
     """What `datasets` makes of a folder, for example as its README.md states it -> split ->
     `datasets.Dataset`, and the names that are left out."""
+    for path in names:
+        place, file = os.path.split(path)
+        if file in ("dataset_dict.json", "state.json"):
+            raise UserError(f"save_to_disk wrote {place} within it: give that folder")
     # It knows a folder by its last name and its card: a place for each content.
     there = [name for name in names if os.path.exists(f"{folder}/{name}")]
     content = repr([folder, *(stamp(folder, name) for name in there)])
@@ -487,7 +491,10 @@ def open_tables(folder, names):
             raise UserError(f"the files of {split or 'no split'} number their classes differently: "
                             "write them as one, with datasets")
         files = [glob.escape(file) for file in files]
-        splits[split] = datasets.load_dataset(kind, data_files=files, split="train")
+        content = repr([folder, *(stamp(folder, name) for name in some)])
+        place = str(Path(datasets.config.HF_DATASETS_CACHE, digest(content)))
+        splits[split] = datasets.load_dataset(kind, data_files=files, split="train",
+                                              cache_dir=place)
         splits[split].remark = about_files(some)
     return splits
 
@@ -505,8 +512,9 @@ def about_files(names):
     if len({*kinds}) > 1:
         text = f"; files: {commonest(kinds)}"
     whole = sum(stated.values())
-    if whole > len(names):
-        text += f"; {len(names)} of {whole} files are there"
+    there = sum("-of-" in name for name in names)
+    if whole != there:
+        text += f"; {there} of {whole} files are there"
     return text
 
 
@@ -522,24 +530,30 @@ def lacks_end(tar):
 
 def class_names(file):
     """The columns of a parquet file that hold numbers of classes, and their names, as text."""
-    kinds = datasets.Features.from_arrow_schema(parquet.read_schema(file))
+    try:
+        schema = parquet.read_schema(file)
+    except Exception as error:
+        raise UserError(f"{os.path.basename(file)}: {reason(error)}") from error
+    kinds = datasets.Features.from_arrow_schema(schema)
     return str([(name, kind.names) for name, kind in kinds.items()
                 if isinstance(kind, datasets.ClassLabel)])
 
 
 def open_saved(folder, names):
-    """What `save_to_disk` wrote -> split -> `datasets.Dataset`. Reads the files in the folder, and
-    not those that its lists name, which may be anywhere."""
-    splits = {}
-    for name in names:
-        split, file = os.path.split(name)
-        if re.fullmatch(r"data.*\.arrow", file):  # not what `map` has cached beside them
-            part = datasets.Dataset.from_file(f"{folder}/{name}")
-            splits.setdefault(split or "train", {})[file] = part
+    """What `save_to_disk` wrote -> split -> `datasets.Dataset`. Its lists may name any file: the
+    last names count. Other files are left from an earlier save, or cached by `map`."""
+    lists = [name for name in names if os.path.basename(name) == "state.json"]
     opened = {}
-    for split, parts in splits.items():
-        opened[split] = datasets.concatenate_datasets([*parts.values()])
-        opened[split].remark = about_files([*parts])
+    for name in ["state.json"] if "state.json" in lists else lists:
+        place = os.path.dirname(name)
+        listed = json.loads(Path(folder, name).read_text())["_data_files"]
+        files = [os.path.basename(some["filename"]) for some in listed]
+        files = [file for file in files if os.path.join(place, file) in names]
+        parts = [datasets.Dataset.from_file(os.path.join(folder, place, file)) for file in files]
+        if parts:
+            split = place or "train"
+            opened[split] = datasets.concatenate_datasets(parts)
+            opened[split].remark = about_files(files)
     return opened
 
 
@@ -570,7 +584,7 @@ def open_source(cfg, split):
     Raises UserError as `open_splits`; no such split; no or several image columns."""
     splits, left_out, folder = open_splits(cfg)
     words = dict(train=TRAIN, test=TEST).get(split.lower(), [split.lower()])
-    found = [name for word in words for name in splits if name.lower() == word]
+    found = [name for word in words for name in splits if str(name).lower() == word]
     if not found:
         known = printable(", ".join(splits))
         raise NoSplit(f"{cfg.dataset} has no split {split!r}, only {known}")
@@ -581,7 +595,7 @@ def open_source(cfg, split):
             source = Table(source, cfg.image_column)
         except Exception as error:
             raise UserError(f"cannot read the images of {cfg.dataset}: {reason(error)}") from error
-    source.split = found[0]
+    source.split = str(found[0])
     counts = [f"{len(part)} of {name or 'no split'}" for name, part in splits.items()]
     notes = f"images: {', '.join(counts)}{remark}"
     if isinstance(source, Files):
@@ -615,6 +629,8 @@ def open_image(cell, folders):
         return Image.open(BytesIO(cell["bytes"]), formats=FORMATS)
     if not cell.get("path"):
         raise UserError("no image")
+    if "::" in cell["path"]:
+        raise UserError("it is in an archive, which has to be unpacked: docs/recipes.md")
     base, *trusted = folders
     path = os.path.abspath(os.path.join(base, cell["path"]))
     if not any(Path(path).is_relative_to(folder) for folder in trusted):

@@ -148,6 +148,8 @@ class Evaluator:
         labels = source_labels[self.train.rows]
         same = self.test is self.train
         labels_test = labels if same else self.test.labels(cfg.label_column)
+        all_labels = np.concatenate([labels[train_rows], labels_test[test_rows]])
+        self.unlabelled = pandas.isna(all_labels).sum()
         self.train_rows = with_labels(labels, train_rows, max_train)
         self.test_rows = with_labels(labels_test, test_rows, max_test)
         names = labels[self.train_rows]
@@ -168,6 +170,8 @@ class Evaluator:
                 f"{self.train.summary}")
         if self.test is not self.train:
             text += f"\n          {self.test.split}: {self.test.note}"
+        if self.labelled and self.unlabelled:
+            text += f"\n          {self.unlabelled} images have no label, or it is -1 or empty"
         return text
 
     def stated(self):
@@ -291,7 +295,8 @@ def why_not_classified(labels, learned, asked):
     if len(names) > max(50, count / 2):
         return f"{len(names)} labels of {count} images are no classes; see --label_column"
     if not names and not asked:
-        return "neither split has labels, or they are in another column; see --label_column"
+        return ("neither split has labels, or they are in another column (--label_column), or in "
+                "a file beside the images (docs/recipes.md)")
     if len(learned | asked) < 2 or not learned & asked:
         return (f"the training split has the classes {sorted(learned)[:5]}, the test split "
                 f"{sorted(asked)[:5]}; see --label_column, --test_split")

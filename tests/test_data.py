@@ -923,3 +923,80 @@ def test_stored_size_keeps_more_pixels_than_the_networks_see(own, tmp_path):
     assert data.open_store(own(), "train").size == 32
     assert data.open_store(own(stored_size=36), "train").size == 36
     assert data.open_store(own(stored_size=400), "train").size == 40, "as many as there are"
+
+
+def drawn(labels, first=0):
+    """A `datasets.Dataset` with an image for each label."""
+    cells = [png(first + number) for number in range(len(labels))]
+    rows = datasets.Dataset.from_dict(dict(image=cells, label=labels))
+    return rows.cast_column("image", datasets.Image())
+
+
+def test_what_an_earlier_save_has_left_is_not_read(tmp_path, own):
+    folder = tmp_path / "own"
+    drawn([0, 1] * 6).save_to_disk(folder, num_shards=3)
+    drawn([5, 6] * 2, 50).save_to_disk(folder, num_shards=2)
+    store = data.open_store(own(), "train")
+    assert store.labels().tolist() == ["5", "6"] * 2 and "4 of train" in store.summary
+    # A set in the place of several splits: datasets.load_from_disk takes it, too.
+    splits = datasets.DatasetDict(train=drawn([0] * 3), test=drawn([1] * 3))
+    splits.save_to_disk(tmp_path / "both")
+    drawn([7, 8], 90).save_to_disk(tmp_path / "both")
+    store = data.open_store(own(dataset=str(tmp_path / "both")), "train")
+    assert store.labels().tolist() == ["7", "8"]
+
+
+def test_what_save_to_disk_wrote_is_not_read_from_the_folder_around_it(tmp_path, own):
+    splits = datasets.DatasetDict(train=drawn([0] * 3), test=drawn([1] * 3))
+    splits.save_to_disk(tmp_path / "own" / "set")
+    with pytest.raises(UserError, match="save_to_disk wrote set within it: give that folder"):
+        data.open_store(own(), "train")
+
+
+def test_a_smaller_copy_of_the_splits_is_not_taken_for_the_data(tmp_path, own):
+    for split, count in (("train", 4), ("test", 2)):
+        for name in ("cat", "dog", "owl"):
+            put(tmp_path, *(f"own/{split}/{name}/{number}.png" for number in range(count)))
+            put(tmp_path, f"own/old/{split}/{name}/0.png")
+    store = data.open_store(own(), "train")
+    assert len(store) == 12 and {*store.labels()} == {"cat", "dog", "owl"}
+
+
+def test_a_parquet_file_that_is_replaced_with_the_same_time_is_read_anew(tmp_path, own):
+    found = []
+    for number, labels in enumerate(([0, 1] * 3, [5, 6, 7] * 3)):
+        tables(tmp_path / str(number), labels)
+        (tmp_path / "own").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / str(number) / "own" / "train.parquet", tmp_path / "own")
+        os.utime(tmp_path / "own" / "train.parquet", (1e9, 1e9))
+        cfg = own(cache_dir=str(tmp_path / f"cache{number}"))
+        found.append(data.open_store(cfg, "train").labels().tolist())
+    assert found == [["0", "1"] * 3, ["5", "6", "7"] * 3]
+
+
+def test_more_files_than_their_names_state_are_said(tmp_path, own):
+    for whole in (2, 3):
+        for number in range(whole):
+            drawn([0, 1], 10 * whole + number).to_parquet(
+                tmp_path / f"own-{whole}-{number}.parquet")
+            (tmp_path / "own").mkdir(exist_ok=True)
+            shutil.move(tmp_path / f"own-{whole}-{number}.parquet",
+                        tmp_path / "own" / f"train-0000{number}-of-0000{whole}.parquet")
+    assert "5 of 3 files are there" in data.open_store(own(), "train").summary
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path, own):
+    tables(tmp_path, [0, 1] * 3)
+    (tmp_path / "own" / "train-1.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train-1.parquet: .*0 bytes"):
+        data.open_store(own(), "train")
+
+
+def test_images_without_a_label_are_counted(tmp_path, own):
+    tables(tmp_path, [0, 1, -1, -1] * 3, [0, 1, -1])
+    assert "7 images have no label, or it is -1" in str(evaluation.Evaluator(own()))
+
+
+def test_an_image_in_an_archive_is_said_to_be_in_one():
+    with pytest.raises(UserError, match="in an archive, which has to be unpacked"):
+        data.open_image(dict(path="zip://0.png::all.zip"), ["", "/"])
