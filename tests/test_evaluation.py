@@ -507,3 +507,14 @@ def test_a_cache_that_cannot_be_written_keeps_no_features(tiny, monkeypatch, err
     monkeypatch.setattr(evaluation.data, "make_once", fails)
     for found, before in zip(evaluator.features(teacher), expected, strict=True):
         assert torch.allclose(found, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [10, 30])
+def test_the_probe_learns_from_one_image_a_class(classes):
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(classes, 48, generator=generator)
+    labels = torch.arange(classes)
+    train, test = (means[some] + 0.3 * torch.randn(len(some), 48, generator=generator)
+                   for some in (labels, labels.repeat(10)))
+    predicted, _ = evaluation.linear_probe(train, labels, test)
+    assert evaluation.accuracy(predicted, labels.repeat(10)) > 0.98
