@@ -451,6 +451,13 @@ def once(folder, classes):
     return {name: label for name, label in classes.items() if os.path.dirname(name) in kept}
 
 
+def cache_of(folder, names):
+    """A place in the cache of `datasets` for these files as they are now. By itself it knows a
+    folder by its last name and its card, and a table by its time."""
+    content = repr([folder, *(stamp(folder, name) for name in names)])
+    return str(Path(datasets.config.HF_DATASETS_CACHE, digest(content)))
+
+
 def open_with_card(folder, name, names):
     """What `datasets` makes of a folder, for example as its README.md states it -> split ->
     `datasets.Dataset`, and the names that are left out."""
@@ -458,11 +465,8 @@ def open_with_card(folder, name, names):
         place, file = os.path.split(path)
         if file in ("dataset_dict.json", "state.json"):
             raise UserError(f"save_to_disk wrote {place} within it: give that folder")
-    # It knows a folder by its last name and its card: a place for each content.
     there = [name for name in names if os.path.exists(f"{folder}/{name}")]
-    content = repr([folder, *(stamp(folder, name) for name in there)])
-    place = Path(datasets.config.HF_DATASETS_CACHE, digest(content))
-    builder = datasets.load_dataset_builder(folder, name, cache_dir=str(place))
+    builder = datasets.load_dataset_builder(folder, name, cache_dir=cache_of(folder, there))
     files = chain.from_iterable((builder.config.data_files or {}).values())
     files = {*map(os.path.abspath, files)}
     roots = folder, os.path.realpath(folder)
@@ -491,10 +495,8 @@ def open_tables(folder, names):
             raise UserError(f"the files of {split or 'no split'} number their classes differently: "
                             "write them as one, with datasets")
         files = [glob.escape(file) for file in files]
-        content = repr([folder, *(stamp(folder, name) for name in some)])
-        place = str(Path(datasets.config.HF_DATASETS_CACHE, digest(content)))
         splits[split] = datasets.load_dataset(kind, data_files=files, split="train",
-                                              cache_dir=place)
+                                              cache_dir=cache_of(folder, some))
         splits[split].remark = about_files(some)
     return splits
 

@@ -316,8 +316,7 @@ def orthogonal(matrix, dtype):
 def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     """The targets of each view, filled unless an earlier run has done it: a list of `data.Rows`,
     int8 [I, T, D + 2]. Shards are filled by whichever process is free. Raises UserError if the
-    first targets of the first or the last view are not what the code computes now, token by token.
-    """
+    first targets of the first or the last view are not what the code computes now, by token."""
     size = min(data.CHUNK * (4 if device.type == "cuda" else 1), cfg.batch_size)
     count = min(cfg.teacher_views, cfg.epochs)
     shards = data.chunks(np.arange(len(store)), data.SHARD)
@@ -327,6 +326,7 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
         bar = data.progress(parts, f"targets of view {view + 1} of {count}")
         for index, stored in data.read(bar, device, store.images):
             yield distiller.targets(teach(stored, view, index))
+
     first = np.resize(shards[0], size)
     expected = {view: next(compute(view, first)).cpu() for view in {0, count - 1}}
     T, D = expected[0].shape[1:]

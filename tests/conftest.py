@@ -36,16 +36,20 @@ def put(root, *names: str) -> None:
         (root / name).write_bytes(png(number))
 
 
+def drawn(labels, first=0):
+    """A `datasets.Dataset` with an image for each label."""
+    cells = [png(first + number) for number in range(len(labels))]
+    rows = datasets.Dataset.from_dict(dict(image=cells, label=labels))
+    return rows.cast_column("image", datasets.Image())
+
+
 def tables(root, labels, test_labels=None, first: int = 0) -> str:
     """The folder "own" of parquet files, with an image for each label; None: no such split."""
     folder = root / "own"
     folder.mkdir(parents=True)
     for split, given in (("train", labels), ("test", test_labels)):
         if given is not None:
-            cells = [png(first + len(split) * 100 + i) for i in range(len(given))]
-            rows = datasets.Dataset.from_dict(dict(image=cells, label=given))
-            rows = rows.cast_column("image", datasets.Image())
-            rows.to_parquet(folder / f"{split}.parquet")
+            drawn(given, first + len(split) * 100).to_parquet(folder / f"{split}.parquet")
     return str(folder)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import png, put, tables
+from conftest import drawn, png, put, tables
 
 import data
 import eval as evaluation
@@ -923,13 +923,6 @@ def test_stored_size_keeps_more_pixels_than_the_networks_see(own, tmp_path):
     assert data.open_store(own(), "train").size == 32
     assert data.open_store(own(stored_size=36), "train").size == 36
     assert data.open_store(own(stored_size=400), "train").size == 40, "as many as there are"
-
-
-def drawn(labels, first=0):
-    """A `datasets.Dataset` with an image for each label."""
-    cells = [png(first + number) for number in range(len(labels))]
-    rows = datasets.Dataset.from_dict(dict(image=cells, label=labels))
-    return rows.cast_column("image", datasets.Image())
 
 
 def test_what_an_earlier_save_has_left_is_not_read(tmp_path, own):
