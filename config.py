@@ -158,12 +158,12 @@ def wrong_dataset(name):
         return (f"{name} is a named data set, and a folder here: write ./{name} for the folder, or "
                 "start where there is none")
     if name not in DATASETS and os.path.isfile(name):
-        return f"--dataset {name!r} is a file: give its folder; for archives see docs/recipes.md"
+        return f"data set {name!r} is a file: give its folder; for archives see docs/recipes.md"
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)
     if name in DATASETS or is_folder or on_hub:
         return ""
-    return (f"--dataset {name!r}: no folder here, nor owner/name or owner/name@revision on the "
-            f"Hub, nor {', '.join(DATASETS)}")
+    return (f"data set {name!r}: no folder here, nor owner/name or owner/name@revision on the "
+            f"Hub, nor {', '.join(DATASETS)}; see --help")
 
 
 def validate(cfg, *names, found=()):

@@ -153,7 +153,8 @@ def uniform(index, count, *key):
     index: int64 [B]. A pure function of key (integers) and image: each image takes its part of one
     SplitMix64 sequence (Steele et al. 2014), which the key starts, so nothing is drawn in order."""
     start = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    place = np.asarray(index)[:, None] * count + np.arange(1, count + 1)
+    number = np.arange(1, count + 1)
+    place = np.asarray(index)[:, None] * count + number
     x = start + place.astype(np.uint64) * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -276,6 +277,10 @@ class Table:
             some = printable(", ".join([*kinds][:10]))
             raise UserError(f"not one image column among {some}: set --image_column; {READ}")
         (name,) = images
+        if not isinstance(kinds[name], (datasets.Image, datasets.Value, dict)):
+            raise UserError(f"{name} holds arrays: write images, as docs/recipes.md does")
+        if part.format["type"] == "custom":
+            raise UserError("set_transform has no effect on what is decoded: use map")
         self.part = part.with_format(None)
         undecoded = self.part.cast_column(name, datasets.Image(decode=False))
         self.images = undecoded[name]
@@ -293,19 +298,28 @@ class Table:
         for name in path.filter(compute.is_null(content)).drop_null().to_pylist():
             found.append(None)
             with suppress(OSError, ValueError):
-                found[-1] = stamp(*os.path.split(os.path.abspath(os.path.join(folder, name))))
+                path = os.path.abspath(os.path.join(folder, name))
+                found[-1] = stamp(*os.path.split(path))
         return found
 
     def cells(self, rows):
         return [cell or {} for cell in self.images[rows]]
 
-    def labels(self, column):
+    def label_column(self, column):
+        """The column that labels(column) takes, or None."""
         kinds = self.part.features
         classes = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
         for name in [column] if column else [*LABEL_COLUMNS, *classes]:
             if isinstance(kinds.get(name), (datasets.Value, datasets.ClassLabel)):
-                return [class_name(kinds[name], value) for value in self.part[name][:]]
+                return name
         return None
+
+    def labels(self, column):
+        name = self.label_column(column)
+        if name is None:
+            return None
+        kind = self.part.features[name]
+        return [class_name(kind, value) for value in self.part[name][:]]
 
 
 def stamp(folder, name):
@@ -388,7 +402,8 @@ def folder_splits(places):
     for i in range(5):
         folders = {path[i] for path in paths.values() if len(path) > i}
         levels.append(split_names(folders))
-    known = max(levels, key=lambda names: len({*names.values()} & {*TRAIN, *TEST}))
+    usual = {*TRAIN, *TEST}
+    known = max(levels, key=lambda names: len(usual & {*names.values()}))
     level = levels.index(known)
     beside = "" if known else "train"
     splits = {}
@@ -566,7 +581,7 @@ def open_splits(cfg):
     named = DATASETS.get(cfg.dataset, cfg.dataset)
     try:
         if callable(named):
-            return named(), [], "/"  # the user's own code may name any file
+            return dict(named()), [], "/"  # the user's own code may name any file
         if Path(cfg.dataset).is_dir():
             return *open_folder(cfg), cfg.dataset
     except Exception as error:  # `datasets` and what it stands on raise what they like
@@ -602,6 +617,8 @@ def open_source(cfg, split):
     notes = f"images: {', '.join(counts)}{remark}"
     if isinstance(source, Files):
         notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
+    elif isinstance(source, Table):
+        notes += f"; labels: {source.label_column(cfg.label_column) or 'no column'}"
     if left_out:
         kinds = (Path(name).suffix or "without extension" for name in sorted(left_out))
         notes += f"; other files, left out: {commonest(kinds)}"
@@ -665,7 +682,7 @@ def try_decode(cell, size, folders):
         return decode(cell, size, folders)
     except Exception as error:  # PIL raises nearly anything on hostile bytes
         why = re.sub(r":? (<_io|'/).*", "", reason(error))  # PIL appends an address or the path
-        text = f"{printable(cell.get('path') or 'an image')}: {why}"
+        text = f"{printable(cell.get('path') or 'an image')[:200]}: {why}"
         number = getattr(error, "errno", None)
         # A table may name files that never were; a file of a folder was there. EINVAL: an offset.
         lasting = number in NOT_THERE and "bytes" in cell or number == errno.EINVAL
@@ -809,6 +826,7 @@ def build_store(source, max_samples, size, path):
         note += f", {len(bad)} images cannot be read, such as {examples}"
     if not len(kept):
         raise UserError(f"no image of {source.split} can be read ({note}); {READ}")
-    info = dict(split=source.split, size=size, fingerprint=f"{pixels.hexdigest()[:12]}-{size}",
-                note=note, unreadable=list(bad.items())[:1000])
+    fingerprint = f"{pixels.hexdigest()[:12]}-{size}"
+    info = dict(split=source.split, size=size, fingerprint=fingerprint, note=note,
+                unreadable=list(bad.items())[:1000])
     (path / "info.json").write_text(json.dumps(info))

@@ -69,7 +69,8 @@ def fit_probe(x, y, C, w, tolerance=1e-5):
         optimiser.zero_grad()
         total = w[:, :-1].square().sum() / (2 * C * len(x))
         total.backward()
-        for some, labels in zip(x.split(8192), y.split(8192), strict=True):  # bounds the memory
+        parts = zip(x.split(8192), y.split(8192), strict=True)  # bounds the memory
+        for some, labels in parts:
             scores = probe_scores(w, some)
             loss = F.cross_entropy(scores, labels, reduction="sum") / len(x)
             loss.backward()
@@ -139,8 +140,9 @@ class Evaluator:
             self.test = self.train
         train_rows = np.arange(len(self.train))
         test_rows = np.arange(len(self.test))
+        self.remarks = []
         if self.test.split == self.train.split:
-            print("no test split: a tenth of the training images is tested in its place")
+            self.remarks.append("no test split: a tenth of the training images is tested")
             self.test = self.train
             test_rows = data.subset(train_rows, math.ceil(len(train_rows) / 10), data.HELD_OUT)
             train_rows = np.setdiff1d(train_rows, test_rows)
@@ -157,22 +159,24 @@ class Evaluator:
         numbers, classes = pandas.factorize(np.concatenate([names, names_test]), sort=True)
         self.classes = classes.tolist()
         self.y, self.y_test = torch.from_numpy(numbers).tensor_split([len(names)])  # -1: no label
-        problem = why_not_classified(source_labels, names, names_test)
-        self.labelled = not problem
-        if problem:
+        self.labelled, remark = can_classify(source_labels, names, names_test)
+        if not self.labelled:
             if cfg.label_column:
-                raise UserError(f"--label_column {cfg.label_column}: {problem}")
-            print(f"no k-NN, no probe: {problem}")
+                raise UserError(f"--label_column {cfg.label_column}: {remark}")
+            self.remarks.append(f"no k-NN, no probe: {remark}")
+        elif remark:
+            self.remarks.append(remark)
+        if self.labelled and self.unlabelled:
+            self.remarks.append(f"{self.unlabelled} images have no label, or it is -1 or empty")
 
     def __str__(self):
-        text = (f"evaluate  {self.cfg.dataset}: {len(self.y)} images to learn from, "
-                f"{len(self.y_test)} to test on\n          {self.train.split}: "
-                f"{self.train.summary}")
+        lines = [f"evaluate  {self.cfg.dataset}: {len(self.y)} images to learn from, "
+                 f"{len(self.y_test)} to test on"]
+        lines.append(f"{self.train.split}: {self.train.summary}")
         if self.test is not self.train:
-            text += f"\n          {self.test.split}: {self.test.note}"
-        if self.labelled and self.unlabelled:
-            text += f"\n          {self.unlabelled} images have no label, or it is -1 or empty"
-        return text
+            lines.append(f"{self.test.split}: {self.test.note}")
+        lines += self.remarks
+        return "\n          ".join(lines)
 
     def stated(self):
         """What was evaluated on, for eval.json."""
@@ -210,8 +214,8 @@ class Evaluator:
     def kept_cls(self, teacher, store, rows):
         """`cls` of a teacher, cached when it is first evaluated on these images."""
         how = f"{teacher.image_size} {self.dtype} {store.fingerprint}"
-        name = f"{teacher.fingerprint}-{data.digest(how, [torch.from_numpy(rows)])}.f32"
-        path = Path(self.cfg.cache_dir, "features", name)
+        what = data.digest(how, [torch.from_numpy(rows)])
+        path = Path(self.cfg.cache_dir, "features", f"{teacher.fingerprint}-{what}.f32")
         try:
             data.make_once(path, lambda part: self.cls(teacher, store, rows).numpy().tofile(part))
         except (OSError, UserError):  # a cache that others own, or a full disk
@@ -275,7 +279,8 @@ class Evaluator:
         for split, embeddings, y, store, rows in (
                 ("train", train, self.y, self.train, self.train_rows),
                 ("test", test, self.y_test, self.test, self.test_rows)):
-            names = dict(images=json.dumps(store.names(rows)), classes=json.dumps(self.classes))
+            images = json.dumps(store.names(rows))
+            names = dict(images=images, classes=json.dumps(self.classes))
             file = Path(folder, f"{split}.safetensors")
             save_file(dict(embeddings=embeddings, labels=y), file, names)
         print(f"features: {folder}")
@@ -287,23 +292,22 @@ def with_labels(labels, rows, count):
     return data.subset(found if len(found) else rows, count)
 
 
-def why_not_classified(labels, learned, asked):
-    """Why test images cannot be classified, or "". Says which of their classes are unknown.
-    labels: of the whole training split; learned, asked: of what is used."""
+def can_classify(labels, learned, asked):
+    """Whether test images can be classified, and a remark: why not, or which of their classes are
+    unknown. labels: of the whole training split; learned, asked: of what is used."""
     count = sum(label is not None for label in labels)
     names, learned, asked = ({*some} - {None} for some in (labels, learned, asked))
     if len(names) > max(50, count / 2):
-        return f"{len(names)} labels of {count} images are no classes; see --label_column"
+        return False, f"{len(names)} labels of {count} images are no classes; see --label_column"
     if not names and not asked:
-        return ("neither split has labels, or they are in another column (--label_column), or in "
-                "a file beside the images (docs/recipes.md)")
+        return False, ("neither split has labels, or they are in another column (--label_column), "
+                       "or in a file beside the images (docs/recipes.md)")
     if len(learned | asked) < 2 or not learned & asked:
-        return (f"the training split has the classes {sorted(learned)[:5]}, the test split "
-                f"{sorted(asked)[:5]}; see --label_column, --test_split")
-    unknown = sorted(asked - learned)[:5]
-    if unknown:
-        print(f"test images of {unknown} count as mistakes: no training image is called so")
-    return ""
+        return False, (f"the training split has the classes {sorted(learned)[:5]}, the test split "
+                       f"{sorted(asked)[:5]}; see --label_column, --test_split")
+    if unknown := sorted(asked - learned)[:5]:
+        return True, f"test images of {unknown} count as mistakes: no training image is called so"
+    return True, ""
 
 
 def on_dataset(cfg, dataset, **changes):
@@ -385,7 +389,8 @@ def write(args, cfg, saved, rows):
             if value != saved["config"].get(name):
                 other.append(value)
     if other or not is_latest or args != EvalConfig(args.checkpoints[:1]):
-        name = f"eval-{slug(rows[0]['dataset'])}-{data.digest(f'{args}{other}')}.json"
+        what = data.digest(f"{args}{other}")
+        name = f"eval-{slug(rows[0]['dataset'])}-{what}.json"
         path = path.with_name(name)
     try:
         path.write_text(json.dumps(rows, indent=1) + "\n")

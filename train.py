@@ -316,7 +316,7 @@ def orthogonal(matrix, dtype):
 def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     """The targets of each view, filled unless an earlier run has done it: a list of `data.Rows`,
     int8 [I, T, D + 2]. Shards are filled by whichever process is free. Raises UserError if the
-    first targets of the first or the last view are not what the code computes now, by token."""
+    first targets of the first or the last cached view are not what is computed now, by token."""
     size = min(data.CHUNK * (4 if device.type == "cuda" else 1), cfg.batch_size)
     count = min(cfg.teacher_views, cfg.epochs)
     shards = data.chunks(np.arange(len(store)), data.SHARD)
@@ -328,8 +328,7 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
             yield distiller.targets(teach(stored, view, index))
 
     first = np.resize(shards[0], size)
-    expected = {view: next(compute(view, first)).cpu() for view in {0, count - 1}}
-    T, D = expected[0].shape[1:]
+    T, D = next(compute(0, first)).shape[1:]
     length = T * (D + 2)
 
     def fill(view, rows, path):
@@ -346,13 +345,14 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     log.info(f"targets   {missing} of {count * len(store)} crops are to be embedded\n"
              f"          {length * count * len(store) / 1e9:.2f} GB in {folder}")
     data.check_space(cfg.cache_dir, length * missing, "--teacher_views")
-    for view, target in expected.items():  # before others are filled beside them
-        file = folder / f"view_{view}_0.i8"
-        if file.exists():
-            cached = data.Rows([file], torch.int8, (len(shards[0]), T, D + 2))[first]
-            error = (data.dequantise(cached) - target).square().sum((0, 2))
-            if (error > 0.02 * target.square().sum((0, 2))).any():  # a cosine below 0.99
-                raise UserError(f"{folder} holds targets of other code: delete it")
+    known = [(file, view) for file, view, rows in jobs if file.exists() and rows[0] == 0]
+    for file, view in known[:1] + known[1:][-1:]:  # before others are filled beside them
+        cached = data.Rows([file], torch.int8, (len(shards[0]), T, D + 2))
+        kept = data.dequantise(cached[first])
+        target = next(compute(view, first)).cpu()
+        error = (kept - target).square().sum((0, 2))
+        if (error > 0.02 * target.square().sum((0, 2))).any():  # a cosine below 0.99
+            raise UserError(f"{folder} holds targets of other code: delete it")
     for wait in (False, True):  # first what no other process is at
         for file, view, rows in jobs:
             data.make_once(file, partial(fill, view, rows), wait)
@@ -431,7 +431,7 @@ class Journal:
         log.handlers, log.propagate = [terminal], False
         log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
         if rank == 0:
-            if cfg.eval_every:  # first, as it may fail
+            if cfg.eval_every or cfg.eval_at_end:  # first, as it may fail
                 self.evaluator = evaluation.Evaluator(cfg, *QUICK_EVAL)
             folder = cfg.run_path
             if folder.exists() and not cfg.resume:
@@ -568,7 +568,8 @@ def export(cfg, student):
 @contextmanager
 def processes(cfg):
     """Lock the run folder, join torchrun's process group if there is one -> rank, world, device."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % world:
         raise UserError(f"--batch_size {cfg.batch_size} is not a multiple of {world} processes")
     device = models.pick_device(cfg.device)

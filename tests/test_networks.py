@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,6 +266,21 @@ def test_weights_that_have_no_place_are_said(tmp_path, monkeypatch):
     model.build_student(dataclasses.replace(cfg, student="resnet10t", student_size=64,
                                             student_args="layers=(1,1,1,0)"))
     assert len(said) == 2 and "layer4.0." in said[1], said
+
+
+def test_gradients_of_narrow_convolutions_do_not_end_the_process():
+    # oneDNN limited to AVX2, as on most laptops, overwrote memory in channels_last.
+    code = ("import model, config; student = model.build_student(config.Config("
+            "student='repvgg_a0', student_size=64)).train(); import torch\n"
+            "for _ in range(3): student(torch.rand(4, 3, 64, 64)).cls.sum().backward()")
+    settings = dict(ONEDNN_MAX_CPU_ISA="AVX2", PYTHONPATH=str(Path(model.__file__).parent))
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | settings)
+
+
+def test_a_student_without_one_embedding_of_an_image_is_refused():
+    cfg = Config(student_args="global_pool='' depth=1", student_size=32)
+    with pytest.raises(UserError, match="no one embedding of an image"):
+        model.build_student(cfg)
 
 
 @pytest.mark.parametrize("name", ["tiny_vit_5m_224", "levit_128s"])

@@ -23,7 +23,7 @@ import sweep  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from config import PRESETS, Config  # noqa: E402
-from results.runs import add, known  # noqa: E402
+from results.records import add, known  # noqa: E402
 
 FILE = HERE / "runs.jsonl"
 RUNS = {  # name -> objective, colour (Okabe and Ito)

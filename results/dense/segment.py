@@ -25,7 +25,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from config import PRESETS, Config  # noqa: E402
 from demo import shapes  # noqa: E402
-from results.runs import add, known, markdown, mean_and_spread  # noqa: E402
+from results.records import add, known, markdown, mean_and_spread  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 SEEDS = 3

@@ -17,8 +17,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
+import records  # noqa: E402
+
 import model  # noqa: E402
-import runs  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
 
@@ -61,21 +62,21 @@ def run(row, weights):
     last = train.main(cfg)
     line = dict(row=name, seed=cfg.seed, settings=ROWS[name], loss=last["loss"],
                 seconds=last["seconds"], rows=last["eval"])
-    runs.add(HERE / "runs.jsonl", line | model.environment(model.pick_device("auto")))
+    records.add(HERE / "runs.jsonl", line | model.environment(model.pick_device("auto")))
 
 
 def table():
     found = {}
-    for line in runs.known(HERE / "runs.jsonl"):
+    for line in records.known(HERE / "runs.jsonl"):
         found.setdefault(line["row"], []).append(line)
     rows = [["run", "seeds", "k-NN", "linear", "keeps", "minutes"]]
     for name, lines in found.items():
         figures = [[100 * line["rows"][-1][key] for line in lines]
                    for key in ("knn20", "linear", "keeps_knn20", "keeps_linear")]
-        knn, linear, *keeps = map(runs.mean_and_spread, figures)
-        minutes = runs.mean_and_spread([line["seconds"] / 60 for line in lines])
+        knn, linear, *keeps = map(records.mean_and_spread, figures)
+        minutes = records.mean_and_spread([line["seconds"] / 60 for line in lines])
         rows.append([name, len(lines), knn, linear, " / ".join(keeps), minutes])
-    return runs.markdown(*rows)
+    return records.markdown(*rows)
 
 
 if __name__ == "__main__":

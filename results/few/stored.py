@@ -15,9 +15,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 import few  # noqa: E402
+import records  # noqa: E402
 
 import model  # noqa: E402
-import runs  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
 
@@ -34,15 +34,15 @@ def run(size, seed, weights):
     last = train.main(cfg)
     line = dict(stored_size=size, seed=seed, loss=last["loss"], seconds=last["seconds"],
                 knn20=last["test_knn20"])
-    runs.add(RUNS, line | model.environment(model.pick_device("auto")))
+    records.add(RUNS, line | model.environment(model.pick_device("auto")))
 
 
 def table():
     rows = [["stored at", "k-NN"]]
     for size in SIZES:
-        found = [100 * line["knn20"] for line in runs.known(RUNS) if line["stored_size"] == size]
-        rows.append([f"{size or 48} px", runs.mean_and_spread(found)])
-    return runs.markdown(*rows)
+        found = [100 * line["knn20"] for line in records.known(RUNS) if line["stored_size"] == size]
+        rows.append([f"{size or 48} px", records.mean_and_spread(found)])
+    return records.markdown(*rows)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
-from results.runs import add, known, markdown, mean_and_spread  # noqa: E402
+from results.records import add, known, markdown, mean_and_spread  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 LEARN, HELD_OUT = 5_120, 5_000  # training images; batches of 128 divide the former

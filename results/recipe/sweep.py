@@ -30,7 +30,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
 from examples.forks import queue_kl  # noqa: E402
-from results.runs import add, known, markdown, mean_and_spread  # noqa: E402
+from results.records import add, known, markdown, mean_and_spread  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 HELD_OUT = 5_000  # of the 50,000 training images

@@ -46,7 +46,7 @@ import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from config import Config, UserError  # noqa: E402
-from results.runs import known  # noqa: E402
+from results.records import known  # noqa: E402
 
 REPEATS = 5
 KEEP = dict(MALLOC_TRIM_THRESHOLD_="4000000000", MALLOC_MMAP_THRESHOLD_="4000000000")

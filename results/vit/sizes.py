@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 from config import Config  # noqa: E402
-from results.runs import add  # noqa: E402
+from results.records import add  # noqa: E402
 
 if __name__ == "__main__":
     images, split, teacher, weights, file, *sizes = sys.argv[1:]
