@@ -28,7 +28,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from config import Config, UserError, from_hub, log, reason, suggestion, validate, write_atomically
@@ -138,7 +137,11 @@ class Distiller(nn.Module):
 
     def __init__(self, student, teacher, cfg):
         super().__init__()
-        self.student, self.teacher_grid, self.cfg = student, teacher.grid, cfg
+        if type(self).__qualname__ == "Distiller" and type(self) is not Distiller:
+            raise UserError("a fork of Distiller needs a name of its own, which its run states")
+        self.student = student
+        self.teacher_grid = teacher.grid
+        self.cfg = cfg
         kind = cfg.head
         if kind == "auto":
             kind = "pca" if student.outputs_tokens else "linear"
@@ -197,8 +200,10 @@ class Distiller(nn.Module):
     def parameter_groups(self, weight_decay):
         """AdamW's: decay for matrices and kernels; none for biases and norms (1-D), nor for tokens
         (3-D). "lr_scale" in a group multiplies the learning rate, as in timm's layer decay."""
-        tokens = [name for name, p in self.named_parameters() if p.ndim == 3]
-        return param_groups_weight_decay(self, weight_decay, no_weight_decay_list=tokens)
+        decayed = [p for p in self.parameters() if p.ndim in (2, 4)]
+        others = [p for p in self.parameters() if p.ndim not in (2, 4)]
+        return [dict(params=others, weight_decay=0.0),
+                dict(params=decayed, weight_decay=weight_decay)]
 
     def after_step(self, step):
         """Called after optimiser step `step`, counted from 0: averages, queues. Gradients may be

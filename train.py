@@ -48,7 +48,8 @@ SAVE_SECONDS = 300  # between two writes of checkpoint_latest.pth
 QUICK_EVAL = 10_000, 2_000  # training and test images of --eval_every
 DEVICE_SHARE = 0.5  # fill at most this share of a GPU's free memory with images and targets
 BACKENDS = dict(cpu="gloo", cuda="cpu:gloo,cuda:nccl")  # of several processes; see `must_stop`
-NO_TERMS = "epoch step similarity norm lr memory_gb images_per_s seconds test_similarity".split()
+OWN = {*"epoch step lr images_per_s seconds memory_gb eval".split()}  # of a line of metrics.jsonl
+NO_TERMS = OWN | {"similarity", "norm", "test_similarity"}  # those are in no line of train.log
 MOMENTUM = 0.95  # of Muon
 STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 
@@ -145,7 +146,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
                 scaler.step(optimiser)
                 scaler.update()
                 distiller.after_step(step)
-                journal.add(loss=loss, **stats, norm=norm)  # stays on the device
+                journal.add(stats, loss=loss, norm=norm)  # stays on the device
                 step += 1
                 stopping = must_stop(received, step)
                 if stopping or step % cfg.log_every == 0 or step % steps_per_epoch == 0:
@@ -472,10 +473,13 @@ class Journal:
         self.bar = data.progress(total=total, initial=step, desc=f"{self.cfg.epochs} epochs")
         return self.bar
 
-    def add(self, **values):
-        """Statistics of a step. Copies: the next replay of a CUDA graph overwrites them."""
+    def add(self, stats, **others):
+        """Statistics of a step. Copies: the next replay of a CUDA graph overwrites them.
+        Raises UserError for a name that a line has already."""
         self.bar.update()
-        for name, value in values.items():
+        if taken := stats.keys() & (others.keys() | OWN):
+            raise UserError(f"what losses returns needs another name: {', '.join(taken)}")
+        for name, value in (others | stats).items():
             self.recent[name].append(value.detach().clone())
 
     def average(self, step, steps_per_epoch, rate, scaler):
@@ -511,13 +515,15 @@ class Journal:
         epochs with the accuracy of the student. `line` is the last of the history, too."""
         cfg, epoch = self.cfg, line["epoch"]
         if cfg.eval_every and epoch % cfg.eval_every == 0:
+            modes = {module: module.training for module in student.modules()}
             try:
                 features = self.evaluator.features(student)
                 quick = self.evaluator.evaluate(*features, probe=False)
                 line |= {f"test_{name}": value for name, value in quick.items()}
             except UserError as error:  # an overflow in fp16 need not end the run
                 log.warning(f"not evaluated: {error}")
-            student.train()
+            for module, mode in modes.items():
+                module.training = mode  # a fork may keep some in evaluation mode
             self.logged_at = monotonic()
         if epoch.is_integer():
             terms = [f"{name} {value:.4f}" for name, value in line.items()
@@ -560,7 +566,8 @@ def export(cfg, student):
     """student.safetensors: weights under timm's names; the metadata states how to use them."""
     how = dict(model=cfg.student, args=student.arguments, image_size=cfg.student_size,
                mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist())
-    weights = {name: value.contiguous().cpu() for name, value in student.net.state_dict().items()}
+    weights = {name: value.clone(memory_format=torch.contiguous_format).cpu()  # some are shared
+               for name, value in student.net.state_dict().items()}
     content = save(weights, metadata=dict(student=json.dumps(how)))
     write_atomically(cfg.run_path / "student.safetensors", lambda path: path.write_bytes(content))
 

@@ -516,3 +516,63 @@ def test_muon_brings_its_own_rate_by_lr_scale(tiny, tmp_path, monkeypatch):
     continues(cfg, monkeypatch, Scaled)
     expected = [20 * line["lr"] for line in metrics(cfg)]
     assert rates[:15] == pytest.approx(expected) and rates[15:] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["step", "epoch", "lr", "seconds", "loss", "norm"])
+def test_a_number_with_the_name_of_a_field_is_refused(tiny, name):
+    class Named(model.Distiller):
+        def losses(self, features, target):
+            loss, stats = super().losses(features, target)
+            return loss, stats | {name: loss.detach()}
+
+    with pytest.raises(UserError, match=f"needs another name: {name}"):
+        train.main(tiny(), objective=Named)
+
+
+def test_a_fork_with_the_name_of_what_it_extends_is_refused(tiny):
+    fork = type("Distiller", (model.Distiller,), {})
+    with pytest.raises(UserError, match="a name of its own"):
+        train.main(tiny(), objective=fork)
+
+
+class Frozen(model.Distiller):
+    """Some layers are frozen in the first epoch; others stay frozen, batch norm included."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        student.net.layer1.requires_grad_(False).eval()
+        student.net.layer2.requires_grad_(False)
+
+    def student_view(self, images, epoch, index):
+        self.student.net.layer2.requires_grad_(epoch >= 1)
+        return images
+
+
+def test_frozen_layers_stay_so_until_they_are_to_learn(tiny, tmp_path):
+    found = []
+    for every in (0, 1):
+        cfg = tiny(student="resnet10t", student_args="", epochs=2, teacher_views=1,
+                   eval_every=every, run_dir=str(tmp_path / f"{every}"))
+        train.main(cfg, objective=Frozen)
+        found.append(weights(cfg))
+    assert same(*found), "an evaluation changes nothing"
+    before = model.build_student(cfg).net.state_dict()
+    for name, value in found[0].items():
+        if name.startswith(("layer1", "layer2")) and name.endswith("weight"):
+            assert torch.equal(value, before[name]) == name.startswith("layer1")
+
+
+@register_model
+def tied(pretrained=False, img_size=32, **arguments):
+    """A ViT whose blocks are one."""
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=0, patch_size=8, embed_dim=48,
+                            num_heads=2, depth=2, img_size=img_size)
+    net.blocks[1] = net.blocks[0]
+    return net
+
+
+def test_weights_that_a_student_shares_are_exported(tiny, tmp_path):
+    cfg = tiny(student="tied", student_args="", epochs=1)
+    train.main(cfg)
+    exported = safetensors.torch.load_file(cfg.run_path / "student.safetensors")
+    assert same(exported, weights(cfg))

@@ -44,12 +44,41 @@ ROWS = {  # settings that differ from BASE
     "resnet10t, three stages": dict(
         student="resnet10t",
         student_args="layers=(1,1,2,0) channels=(64,128,224,224) stem_width=16"),
+    "the same, cutmix": dict(
+        student="resnet10t",
+        student_args="layers=(1,1,2,0) channels=(64,128,224,224) stem_width=16"),
     "edgenext_xx_small": dict(student="edgenext_xx_small"),
     "efficientvit_b0": dict(student="efficientvit_b0"),
     "fastvit_t8": dict(student="fastvit_t8"),
     "ViT, patches of 4 at 32 px": dict(student="vit_tiny_patch16_224", student_size=32,
                                        student_args="patch_size=4 depth=4"),
 }
+
+
+class Cutmix(model.Distiller):
+    """Half of the images have a rectangle of another image's view, the same for teacher and student
+    (function matching, Beyer et al. 2021). It follows from (seed, view, image): targets are cached
+    as ever."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        self.store = data.open_store(cfg, cfg.train_split, cfg.max_samples)
+
+    def shared_view(self, images, view, index):
+        size, seed = images.shape[-1], self.cfg.seed
+        mixed, other, area, x, y = data.uniform(index, 5, 36, seed, view).unbind(1)
+        other = (other * len(self.store)).long().numpy()
+        crops = data.view_crops(other, seed, view, self.cfg.crop_scale)
+        others = data.render(self.store.images[other], size, *crops)
+        side = (0.1 + 0.5 * area).sqrt() * (mixed < 0.5)  # of the rectangle
+        place = (torch.arange(size) + 0.5) * 16 / size  # its edges lie on sixteenths
+        inside = [((start * (1 - side) * 16).round()[:, None] < place)
+                  & (place < ((start * (1 - side) + side) * 16).round()[:, None])
+                  for start in (y, x)]
+        return torch.where((inside[0][:, :, None] & inside[1][:, None])[:, None], others, images)
+
+
+OBJECTIVES = {"the same, cutmix": Cutmix}
 
 
 def step_seconds(cfg, precision):
@@ -79,7 +108,8 @@ def run(row):
     chosen = dict(precision=min(seconds, key=seconds.get))
     steps = 60 * MINUTES / min(seconds.values())
     chosen["epochs"] = max(2, round(steps * cfg.batch_size / IMAGES))
-    last = train.main(Config(**vars(cfg) | chosen))
+    objective = OBJECTIVES.get(row, model.Distiller)
+    last = train.main(Config(**vars(cfg) | chosen), objective)
     saved, cfg = model.load_checkpoint(cfg.run_path)
     evaluator = evaluation.Evaluator(cfg)
     student = model.build_student(cfg, saved["student"])
