@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import stat
+import tarfile
 import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -230,7 +231,9 @@ READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet fi
 TRAIN = "train", "training", "trainval"  # what a split may be called: the first one there is
 TEST = ("test", "testing", "validation", "validate", "valid", "val", "dev", "evaluation", "eval",
         "holdout")
-ADDED = set("data dataset image images img part photos pictures seg set".split())  # beside it
+USUAL = {*TRAIN, *TEST}
+ADDED = set("data dataset image images img imgs part photos pictures seg set".split())  # beside it
+ARCHIVES = ".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"
 NO_DATA = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}  # thumbnails and bins of disks
 NUMBERS = r"([-_]\d+)?(-of-\d+)?(-[0-9a-f]{16})?\.\w+$"  # the end of a shard's name
 NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
@@ -323,7 +326,7 @@ class Table:
 
 
 def stamp(folder, name):
-    """By which a file is known: when it changes, so does this."""
+    """By which a file is known: when it changes, so does this. A copy has the same."""
     file = os.stat(f"{folder}/{name}")
     return name, file.st_size, file.st_mtime_ns
 
@@ -349,7 +352,7 @@ def list_files(folder, root, skipped, linked=False):
     """Yield the relative names of all files below a folder, in order, of a dead link "NAME (dead
     link)". Links are followed. A link to a folder within `root` is not followed below another such
     link, or folders that link to each other would be listed without end. What begins with a dot is
-    left out, and so are the folders of `skipped`."""
+    left out, of folders "NAME.hidden" is listed, and so are the folders of `skipped`."""
     real = os.path.realpath(folder)
     is_link = os.path.islink(folder) and Path(root) in Path(real).parents
     if real in skipped or is_link and linked:
@@ -357,6 +360,8 @@ def list_files(folder, root, skipped, linked=False):
     for name in sorted(os.listdir(folder)):
         path = f"{folder}/{name}"
         if name.startswith(".") or name == "lost+found":
+            if os.path.isdir(path):
+                yield f"{name}.hidden"
             continue
         try:
             mode = os.stat(path).st_mode
@@ -373,24 +378,38 @@ def list_files(folder, root, skipped, linked=False):
 
 
 def split_names(folders):
-    """Names of folders -> {folder: split}, or {} if they are no splits. They are if each is called
-    like one (TRAIN, TEST), or at least one for training and one for tests. Words that all names
-    have do not count, as in cats_train and cats_test, nor those of ADDED."""
-    inner = r"(?<=[a-z])(?=[A-Z])|(?:(?<=[tT]rain)|(?<=[tT]est))(?=set|data|images)"
+    """Names of folders -> {folder: split}, or {} if they are no splits. They are if one is called
+    for training and one for tests (TRAIN, TEST), or if each has such a word, as train_clean and
+    test_2018 do, but perhaps one without any word of its own. Words that all names have do not
+    count, as in cats_train and cats_test, nor those of ADDED."""
+    usual = "|".join(USUAL)
+    added = "|".join(ADDED)
     words = {}
-    for folder in folders:  # testImages, testset -> test images, test set
-        name = re.sub(inner, " ", folder).lower()
+    for folder in folders:  # testImages, testset, trainVal -> test images, test set, trainval
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()
+        name = re.sub(rf"({usual})(?=({added})(?![a-z]))", r"\1 ", name)
+        name = re.sub(r"train[-_ ]val", "trainval", name)
         words[folder] = re.findall(r"[^\W\d_]+", name)
     ignored = set().union(*words.values()).intersection(*words.values()) | ADDED
+    own = {}
     names = {}
     for folder, some in words.items():
-        own = [word for word in some if word not in ignored]
-        names[folder] = "_".join(own or some)
+        own[folder] = [word for word in some if word not in ignored]
+        names[folder] = "_".join(own[folder] or some)
     found = {*names.values()}
-    both = found & {*TRAIN} and found & {*TEST}
-    if both or found <= {*TRAIN, *TEST}:
+    if found & {*TRAIN} and found & {*TEST} or found <= USUAL:
         return names
-    return {}
+    counts = Counter(chain.from_iterable(own.values()))
+    bare = [folder for folder in own if not own[folder]]  # 256 beside val_256
+    if len(bare) == 1 and counts and not counts.keys() & {*TRAIN}:
+        own[bare[0]] = ["train"]
+    for folder, some in own.items():
+        known = [word for word in some if word in USUAL]
+        if not known:
+            return {}
+        if counts[known[0]] < 2:  # no other folder has the word
+            names[folder] = known[0]
+    return names
 
 
 def folder_splits(places):
@@ -402,8 +421,7 @@ def folder_splits(places):
     for i in range(5):
         folders = {path[i] for path in paths.values() if len(path) > i}
         levels.append(split_names(folders))
-    usual = {*TRAIN, *TEST}
-    known = max(levels, key=lambda names: len(usual & {*names.values()}))
+    known = max(levels, key=lambda names: (len(USUAL & {*names.values()}), bool(names)))
     level = levels.index(known)
     beside = "" if known else "train"
     splits = {}
@@ -429,7 +447,7 @@ def open_folder(cfg):
     root = os.path.realpath(folder)
     skipped = {os.path.realpath(cfg.cache_dir), os.path.realpath(cfg.run_path)} - {root}
     names = list(list_files(folder, root, skipped))
-    images = [name for name in names if is_image(name)]
+    images = without_masks([name for name in names if is_image(name)])
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}:
         return open_saved(folder, names), images
     tables = [name for name in names if name.lower().endswith(".parquet")]
@@ -443,7 +461,9 @@ def open_folder(cfg):
                    key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
     configs = card.count("config_name:")
     # Images need a card only where it names files, or several configurations.
-    stated = configs > 1 or configs and (used is not images or "data_files:" in card)
+    stated = configs > 1 or configs and (used is not images or re.search("data_(dir|files):", card))
+    if not used and not card and any(name.lower().endswith(ARCHIVES) for name in names):
+        raise UserError("archives, which have to be unpacked: docs/recipes.md")
     if cfg.dataset_config or stated or not used:
         return open_with_card(folder, cfg.dataset_config or None, names)
     if used is images:
@@ -454,6 +474,19 @@ def open_folder(cfg):
     else:
         splits = open_tables(folder, used)
     return splits, {*names} - {*used}
+
+
+def without_masks(images):
+    """The same names, but for masks/1.png beside images/1.png and 1_mask.png beside 1.png."""
+    stems = {name: os.path.splitext(name)[0] for name in images}
+    known = {*stems.values()}
+    kept = []
+    for name, stem in stems.items():
+        image = re.sub(r"(^|/)[Mm]asks?(?=/)", r"\1images", stem)
+        image = re.sub(r"_mask(_\d+)?$", "", image)
+        if image == stem or image not in known:
+            kept.append(name)
+    return kept
 
 
 def once(folder, classes):
@@ -507,12 +540,13 @@ def open_tables(folder, names):
     for split, some in folder_splits(places).items():
         files = [f"{folder}/{name}" for name in some]
         if kind == "parquet" and len({*map(class_names, files)}) > 1:
-            raise UserError(f"the files of {split or 'no split'} number their classes differently: "
-                            "write them as one, with datasets")
-        files = [glob.escape(file) for file in files]
-        splits[split] = datasets.load_dataset(kind, data_files=files, split="train",
-                                              cache_dir=cache_of(folder, some))
+            raise UserError(f"the files of {split or 'no split'} have other names or numbers of "
+                            "classes: write them as one, with datasets")
+        splits[split] = datasets.load_dataset(kind, data_files=[*map(glob.escape, files)],
+                                              split="train", cache_dir=cache_of(folder, some))
         splits[split].remark = about_files(some)
+        if kind == "webdataset":
+            splits[split].tars = files
     return splits
 
 
@@ -545,15 +579,48 @@ def lacks_end(tar):
         return file.read() != bytes(1024)
 
 
+def check_tars(part):
+    """Raise UserError for tar shards of which `datasets` has not read all: it passes over names
+    that begin with a dot or two underscores, takes the kinds of files from the first five samples,
+    and does not tell folders."""
+    places = set()
+    count = 0
+    for file in getattr(part, "tars", []):
+        with tarfile.open(file) as tar:
+            names = [member.name for member in tar if member.isfile()]
+        for name in names:
+            place, base = os.path.split(os.path.normpath(name))
+            if not base.startswith("._"):  # what a Mac adds
+                places.add(place)
+                count += 1
+    columns = [name for name in part.column_names if name[:2] != "__"]
+    lost = count
+    for name in columns:
+        column = part.data.column(name)
+        lost -= len(column) - column.null_count
+    if lost > 0:
+        kinds = ", ".join(columns)
+        raise UserError(f"{lost} of {count} files in tar shards cannot be read as {kinds}, by "
+                        "their names: unpack them")
+    if len(places) > 1 and len(columns) == 1:
+        raise UserError("tar files of folders, which may be classes: unpack them")
+
+
 def class_names(file):
-    """The columns of a parquet file that hold numbers of classes, and their names, as text."""
+    """The columns of a parquet file that may hold classes, and their names or type, as text."""
     try:
         schema = parquet.read_schema(file)
     except Exception as error:
         raise UserError(f"{os.path.basename(file)}: {reason(error)}") from error
     kinds = datasets.Features.from_arrow_schema(schema)
-    return str([(name, kind.names) for name, kind in kinds.items()
-                if isinstance(kind, datasets.ClassLabel)])
+    found = []
+    for name, kind in kinds.items():
+        if isinstance(kind, datasets.ClassLabel):
+            found.append((name, kind.names))
+        elif name in LABEL_COLUMNS:  # words, true or false, numbers
+            type_name = re.sub(r"large_|^u|\d+", "", str(kind.dtype))
+            found.append((name, type_name.replace("float", "int")))
+    return str(found)
 
 
 def open_saved(folder, names):
@@ -618,7 +685,10 @@ def open_source(cfg, split):
     if isinstance(source, Files):
         notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
     elif isinstance(source, Table):
-        notes += f"; labels: {source.label_column(cfg.label_column) or 'no column'}"
+        name = source.label_column(cfg.label_column)
+        notes += f"; labels: {name or 'no column'}"
+        if classes := getattr(source.part.features.get(name), "names", []):
+            notes += f" ({first_ten(classes)})"
     if left_out:
         kinds = (Path(name).suffix or "without extension" for name in sorted(left_out))
         notes += f"; other files, left out: {commonest(kinds)}"
@@ -634,10 +704,14 @@ def open_source(cfg, split):
 
 def commonest(names):
     """'3 cat, 2 dog': what there is most of, and of how many others."""
-    counts = Counter(names)
-    text = ", ".join(f"{count} {name}" for name, count in counts.most_common(10))
-    if len(counts) > 10:
-        text += f" and {len(counts) - 10} others"
+    return first_ten([f"{count} {name}" for name, count in Counter(names).most_common()])
+
+
+def first_ten(texts):
+    """'cat, dog', and how many others there are."""
+    text = ", ".join(texts[:10])
+    if len(texts) > 10:
+        text += f" and {len(texts) - 10} others"
     return text
 
 
@@ -648,10 +722,10 @@ def open_image(cell, folders):
         return Image.open(BytesIO(cell["bytes"]), formats=FORMATS)
     if not cell.get("path"):
         raise UserError("no image")
-    if "::" in cell["path"]:
-        raise UserError("it is in an archive, which has to be unpacked: docs/recipes.md")
     base, *trusted = folders
     path = os.path.abspath(os.path.join(base, cell["path"]))
+    if "::" in cell["path"] and not os.path.exists(path):
+        raise UserError("it is in an archive, which has to be unpacked: docs/recipes.md")
     if not any(Path(path).is_relative_to(folder) for folder in trusted):
         raise UserError("a file outside the data set's folder")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -778,18 +852,20 @@ def open_store(cfg, split, max_samples=0):
     key = [STORE_FORMAT, size, max_samples, source.split, source.key]
     if isinstance(source, Table):
         key += source.stamps(source.folders[0])
-    name = f"{slug(cfg.dataset)}-{slug(source.split)}-{digest(json.dumps(key))}"
+    what = digest(json.dumps(key))
+    name = f"{slug(cfg.dataset)}-{slug(source.split)}-{what}"
     path = Path(cfg.cache_dir, "stores", name)
     make_once(path, partial(build_store, source, max_samples, size))
     try:
         store = Store(path, source)
     except Exception as error:
         raise UserError(f"{path} is damaged ({reason(error)}): delete it") from error
-    (cell,) = source.cells(store.rows[:1])
-    image = try_decode(cell, store.size, source.folders)
-    kept = store.images[np.arange(1)][0].numpy()
-    if isinstance(image, str) or abs(image - kept.astype(float)).mean() > 2:
-        raise UserError(f"{path} holds other images than the data now, or of other code: delete it")
+    some = np.linspace(0, len(store) - 1, 8).astype(int)  # files may change and keep their times
+    for cell, kept in zip(source.cells(store.rows[some]), store.images[some].numpy(), strict=True):
+        image = try_decode(cell, store.size, source.folders)
+        if isinstance(image, str) or abs(image - kept.astype(float)).mean() > 2:
+            raise UserError(f"{path} holds other images than the data now, or of other code: "
+                            "delete it")
     return store
 
 
@@ -804,6 +880,8 @@ def build_store(source, max_samples, size, path):
     size = min(size, int(np.median(sides or size)))
     shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed
     check_space(path.parent, 3 * size**2 * len(rows), "--max_samples")
+    if isinstance(source, Table):
+        check_tars(source.part)
     path.mkdir()
     parts = progress(chunks(rows), "decoding images")
     cells = chain.from_iterable(map(source.cells, parts))

@@ -166,7 +166,7 @@ class Evaluator:
             self.remarks.append(f"no k-NN, no probe: {remark}")
         elif remark:
             self.remarks.append(remark)
-        if self.labelled and self.unlabelled:
+        if 0 < self.unlabelled < len(all_labels):
             self.remarks.append(f"{self.unlabelled} images have no label, or it is -1 or empty")
 
     def __str__(self):
@@ -220,11 +220,13 @@ class Evaluator:
             data.make_once(path, lambda part: self.cls(teacher, store, rows).numpy().tofile(part))
         except (OSError, UserError):  # a cache that others own, or a full disk
             return self.cls(teacher, store, rows)
-        kept = torch.from_numpy(np.fromfile(path, np.float32)).view(-1, teacher.cls_dim)
-        some = self.cls(teacher, store, rows[:16])
-        if (F.cosine_similarity(some, kept[:16]) < 0.99).any():
-            raise UserError(f"{path} holds features of other code: delete it")
-        return kept
+        kept = torch.from_numpy(np.fromfile(path, np.float32))
+        if len(kept) == len(rows) * teacher.cls_dim:
+            kept = kept.view(len(rows), teacher.cls_dim)
+            some = self.cls(teacher, store, rows[:16])
+            if (F.cosine_similarity(some, kept[:16]) > 0.99).all():
+                return kept
+        raise UserError(f"{path} is cut short, or holds features of other code: delete it")
 
     def evaluate(self, train, test, probe=True):
         """Accuracies, if there are labels; mean similarity of test embeddings [Q, D]."""

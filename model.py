@@ -112,14 +112,16 @@ class Head(nn.Module):
     @torch.no_grad()
     def fit(self, features):
         """Measure mean, axes and scale on tokens of the teacher, float32 [any, Dt]."""
-        self.mean.copy_(features.mean(0))
-        centred = features - self.mean
+        self.mean.copy_(features.double().mean(0))
+        centred = features.double() - self.mean
         if self.kind == "pca":
-            covariance = (centred.T @ centred).cpu().double()
+            covariance = (centred.T @ centred).cpu()
             axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)
             self.basis[:, : len(axes)] = axes[:, : len(self.scale)]  # further columns stay zero
-        std = (centred @ self.basis).std(0, correction=0)
-        self.scale.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0) ** self.whiten)
+        std = (centred @ self.basis.double()).std(0, correction=0)
+        varies = std > 1e-5 * std.max()  # of fewer images than dimensions some do not
+        self.basis *= varies
+        self.scale.copy_(torch.where(varies, std, 1.0) ** self.whiten)
 
     @torch.no_grad()
     def target(self, features):

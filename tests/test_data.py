@@ -497,6 +497,36 @@ def test_folders_have_no_label_columns(own, tmp_path):
         evaluation.Evaluator(own(label_column="species"))
 
 
+@pytest.mark.parametrize("folders, expected", [
+    ("train_val2018 test2018", "trainval test"), ("TrainVal Test", "trainval test"),
+    ("rps rps-test-set", "train test"), ("data_256 val_256 test_256", "train val test"),
+    ("horse-or-human validation-horse-or-human", "train validation"),
+    ("trainset valset", "train val"), ("TRAINSET TESTSET", "train test"),
+    ("trainingset testset", "training test"), ("train_labeled test", "train test"),
+    ("train-jpg test-jpg-v2", "train test"), ("train_imgs test", "train test"),
+    ("train_clean train_noisy test", "train_clean train_noisy test"),
+    ("train test_id test_ood", "train test_id test_ood"),
+    ("Training PublicTest PrivateTest", "training public_test private_test"),
+    ("trainA trainB testA testB", "train_a train_b test_a test_b"),
+    ("train train_masks test", "train train_masks test"),
+    ("steam_train bus test_tube", "train"), ("steam_train bullet_train", "train"),
+    ("images other test", "train"), ("test_photos", "train"), ("1 2 test", "train")])
+def test_folders_with_words_for_splits_are_splits(folders, expected):
+    names = [f"{folder}/{name}/1.jpg" for folder in folders.split() for name in ("cat", "dog")]
+    found = splits(*names)
+    assert [*found] == expected.split()
+    if expected != "train":
+        assert all({*files.values()} == {"cat", "dog"} for files in found.values())
+
+
+def test_parquet_files_with_words_for_splits_are_splits(own, tmp_path):
+    tables(tmp_path, [0, 1] * 2, [1, 0])
+    os.rename(tmp_path / "own" / "test.parquet", tmp_path / "own" / "test_id.parquet")
+    shutil.copy(tmp_path / "own" / "test_id.parquet", tmp_path / "own" / "test_ood.parquet")
+    assert len(data.open_store(own(), "train")) == 4
+    assert len(data.open_store(own(), "test_ood")) == 2
+
+
 def test_numbered_parts_are_no_splits():
     assert [*splits("part_1/1.jpg", "part_2/2.jpg")] == ["train"]
 
@@ -517,7 +547,16 @@ def test_images_below_a_class_folder_have_its_class():
 
 @pytest.mark.parametrize("names, words", [
     (["part_1/1.png", "part_2/2.png"], "1 part_1, 1 part_2"),
-    (["images/1.png", "images/2.png", "masks/1.png"], "2 images, 1 masks"),
+    (["images/1.png", "images/2.png", "masks/3.png"], "2 images, 1 masks"),
+    (["images/1.png", "images/2.png", "masks/1.png"], "2 of train; classes: 2 no class; other "
+     "files, left out: 1 .png"),
+    (["a/images/1.jpg", "b/Images/2.jpg", "a/masks/1.png"], "classes: 1 a, 1 b; other files, left "
+     "out: 1 .png"),
+    (["a/1.png", "b/2.png", "b/2_mask.png", "b/2_mask_1.png"], "classes: 1 a, 1 b; other files, "
+     "left out: 2 .png"),
+    (["mask/1.png", "no_mask/1.png", "no_mask/2.png"], "classes: 2 no_mask, 1 mask;"),
+    ([".357 Magnum/1.png", "9mm/2.png", ".DS_Store"], "left out: 1 .hidden;"),
+    (["a::b/1.png", "c/2::3.png"], "2 of 2 are used"),
     (["train/1.png", "test/2.png", "more/3.png", "more/4.png"], "2 of more"),
 ])
 def test_what_is_taken_for_classes_and_splits_is_said_with_counts(own, tmp_path, names, words):
@@ -727,7 +766,7 @@ def test_files_of_one_split_that_number_their_classes_differently_are_refused(ow
         rows = rows.cast_column("label", datasets.ClassLabel(names=names))
         (tmp_path / "own").mkdir(exist_ok=True)
         rows.to_parquet(tmp_path / "own" / f"train-{number}.parquet")
-    with pytest.raises(UserError, match="number their classes differently"):
+    with pytest.raises(UserError, match="have other names or numbers of classes"):
         data.open_store(own(), "train")
 
 
@@ -878,7 +917,7 @@ def test_the_column_of_the_labels_is_said(own, tmp_path):
     rows = rows.cast_column("animal", datasets.ClassLabel(names=["cat", "dog"]))
     rows = rows.add_column("label", [["a"], ["b"]]).add_column("note", [5, 6])
     rows.save_to_disk(tmp_path / "own")
-    for column, said in (("", "animal"), ("note", "note"), ("label", "no column")):
+    for column, said in (("", "animal (cat, dog)"), ("note", "note"), ("label", "no column")):
         store = data.open_store(own(label_column=column), "train")
         assert f"; labels: {said};" in store.summary
     assert of(data.open_store(own(), "train")) == ["cat", "dog"]
@@ -924,13 +963,77 @@ def test_missing_shards_and_shards_of_several_names_are_said(own, tmp_path):
     for number in (0, 2):
         rows["train"].to_parquet(tmp_path / "own" / f"train-0000{number}-of-00004.parquet")
     assert "4 of train; 2 of 4 files are there;" in data.open_store(own(), "train").summary
-    rows["train"].to_parquet(tmp_path / "own" / "test_hard.parquet")
-    assert "6 of train; files: 2 train, 1 test_hard;" in data.open_store(own(), "train").summary
+    rows["train"].to_parquet(tmp_path / "own" / "more.parquet")
+    assert "6 of train; files: 2 train, 1 more;" in data.open_store(own(), "train").summary
     saved = datasets.concatenate_datasets([rows["train"]] * 3)
     saved.save_to_disk(tmp_path / "saved", num_shards=3)
     (tmp_path / "saved" / "data-00001-of-00003.arrow").unlink()
     store = data.open_store(own(dataset=str(tmp_path / "saved")), "train")
     assert "4 of train; 2 of 3 files are there;" in store.summary
+
+
+@pytest.mark.parametrize("members, words", [
+    ([f"{split}/{name}/{i}.png" for split, i in (("train", 1), ("test", 2)) for name in "ab"],
+     "tar files of folders"),
+    ([f"{i}.png" for i in range(6)] + ["__a.png", ".b.png", "c", "._d.png"], "3 of 9 files"),
+    ([f"{i}.png" for i in range(6)] + [f"{i}.{kind}" for i in (6, 7) for kind in ("png", "cls")],
+     "2 of 10 files"),
+    ([f"{i}.png" for i in range(6)] + ["6.jpg", "7.PNG"], "2 of 8 files"),
+    (["./1.png", "./2.png"], ""), (["a/1.png", "a/1.cls", "b/2.png", "b/2.cls"], "")])
+def test_a_tar_shard_of_which_something_would_be_lost_is_refused(own, tmp_path, members, words):
+    (tmp_path / "own").mkdir()
+    with tarfile.open(tmp_path / "own" / "0.tar", "w") as tar:
+        for i, name in enumerate(members):
+            content = b"1" if name.endswith("cls") else png(i)
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    for _ in range(2):
+        if not words:
+            assert len(data.open_store(own(), "train")) == 2
+            continue
+        with pytest.raises(UserError, match=words):
+            data.open_store(own(), "train")
+
+
+@pytest.mark.parametrize("first, second", [(["cat", "dog"], [0, 1]), ([True, False], [0, 2])])
+def test_labels_of_other_types_are_not_mixed(own, tmp_path, first, second):
+    (tmp_path / "own").mkdir()
+    for number, labels in enumerate((first, second)):
+        drawn(labels).to_parquet(tmp_path / "own" / f"train-{number}.parquet")
+    with pytest.raises(UserError, match="have other names or numbers of classes"):
+        data.open_store(own(), "train")
+    drawn([3, 4]).cast_column("label", datasets.Value("int8")).to_parquet(
+        tmp_path / "own" / "train-0.parquet")
+    drawn([5, 6]).to_parquet(tmp_path / "own" / "train-1.parquet")
+    assert of(data.open_store(own(), "train")) == ["3", "4", "5", "6"]
+
+
+def test_images_that_changed_places_and_kept_sizes_and_times_are_found(own, tmp_path):
+    for i in range(20):
+        path = tmp_path / "own" / "ab"[i % 2] / f"{i // 2}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.Image.open(io.BytesIO(png(i))).save(path)
+        os.utime(path, (1e9, 1e9))
+    data.open_store(own(), "train")
+    for old, new in ("ac", "ba", "cb"):
+        os.rename(tmp_path / "own" / old, tmp_path / "own" / new)
+    with pytest.raises(UserError, match="holds other images than the data now"):
+        data.open_store(own(), "train")
+
+
+def test_a_card_may_name_a_folder(own, tmp_path):
+    put(tmp_path / "own", "v1/cat/1.png", "v1/dog/2.png", "v2/cat/3.png", "v2/dog/4.png")
+    card = "---\nconfigs:\n- config_name: default\n  data_dir: v2\n---\n"
+    (tmp_path / "own" / "README.md").write_text(card)
+    assert of(data.open_store(own(), "train")) == ["cat", "dog"]
+
+
+def test_a_folder_of_archives_alone_is_refused_with_the_way_out(own, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="archives, which have to be unpacked"):
+        data.open_store(own(), "train")
 
 
 @pytest.mark.parametrize("end", ["between two images", "within an image", "empty"])

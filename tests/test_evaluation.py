@@ -476,9 +476,11 @@ def test_the_teachers_features_are_kept_and_compared_with_what_it_outputs_now(
     assert sum(embedded) - times == times - 2, "train and test once"
     assert first[0]["knn20"] == second[0]["knn20"] and first[0]["linear"] == second[0]["linear"]
     file, _ = (tmp_path / "cache").glob("features/*.f32")
-    (-np.fromfile(file, np.float32)).tofile(file)
-    with pytest.raises(UserError, match="holds features of other code"):
-        evaluation.main(EvalConfig((path,)))
+    kept = np.fromfile(file, np.float32)
+    for changed in (-kept, kept[:-1]):
+        changed.tofile(file)
+        with pytest.raises(UserError, match="holds features of other code"):
+            evaluation.main(EvalConfig((path,)))
 
 
 def test_a_smaller_stored_size_is_evaluated_as_it_was_trained(tiny, tmp_path):

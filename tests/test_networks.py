@@ -93,6 +93,17 @@ def save_network(path, name, **arguments):
     return str(path)
 
 
+@pytest.mark.parametrize("images", [40, 60, 90, 95])
+def test_axes_that_fewer_images_than_dimensions_do_not_have_are_left_out(images):
+    # In float32 their rounding passed for a standard deviation, which was then divided by.
+    torch.manual_seed(0)
+    mixed = torch.randn(96, 96) + 1
+    head = model.Head("pca", 96, 96)
+    head.fit(torch.randn(images, 96) @ mixed)
+    other = head.target(torch.randn(50, 96) @ mixed)
+    assert other[:, images - 1 :].abs().max() == 0 and other[:, : images - 1].std(0).min() > 0.01
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes, widths, most", [
     (dict(teacher="mobilenetv4_conv_small", teacher_size=64), (48, 48), 0.97),

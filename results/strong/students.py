@@ -6,11 +6,15 @@
 
 The teacher and the images are those of teacher.py; two views. Tested are the 5,000 held-out images;
 k-NN and probe learn from the labels of the students' 25,000. Each row is a process of its own: it
-times a few steps in bf16 and in fp32, takes the faster, and trains for as many epochs as take
-MINUTES. Each run adds a line to students.jsonl."""
+times a few steps in bf16 and in fp32, takes the faster, and trains for MINUTES, at whose end the
+learning rate is zero. Each run adds a line to students.jsonl."""
 
+import math
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
@@ -29,10 +33,10 @@ import train  # noqa: E402
 from config import Config  # noqa: E402
 
 RUNS = HERE / "students.jsonl"
-MINUTES, IMAGES = 6, 25_000
+MINUTES = 5
 BASE = dict(dataset="cache/strong/half", test_split="held", teacher="tf_efficientnet_lite0",
             teacher_weights="runs/strong/teacher.safetensors", teacher_size=128, teacher_views=2,
-            student_size=64, batch_size=128, optimiser="muon", lr=5e-3, save_every=0)
+            student_size=64, batch_size=128, optimiser="muon", lr=5e-3, epochs=1000, save_every=0)
 ROWS = {  # settings that differ from BASE
     "resnet10t": dict(student="resnet10t"),
     "mobilenetv4_conv_small": dict(student="mobilenetv4_conv_small"),
@@ -102,21 +106,33 @@ def step_seconds(cfg, precision):
     return float(np.median(seconds[1:]))
 
 
+def by_the_clock(step, steps_per_epoch, cfg):
+    """The learning rate; at its end the run stops as on Ctrl-C."""
+    began = BEGAN.setdefault(cfg.run_dir, monotonic())
+    share = min(1, (monotonic() - began) / (60 * MINUTES))
+    if share == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return cfg.lr * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * share)))
+
+
+BEGAN = {}
+train.learning_rate = by_the_clock
+
+
 def run(row):
     cfg = Config(**BASE | ROWS[row] | dict(run_dir=f"runs/students/{row}"))
     seconds = {precision: step_seconds(cfg, precision) for precision in ("bf16", "fp32")}
     chosen = dict(precision=min(seconds, key=seconds.get))
-    steps = 60 * MINUTES / min(seconds.values())
-    chosen["epochs"] = max(2, round(steps * cfg.batch_size / IMAGES))
-    objective = OBJECTIVES.get(row, model.Distiller)
-    last = train.main(Config(**vars(cfg) | chosen), objective)
+    with suppress(SystemExit):
+        train.main(Config(**vars(cfg) | chosen), OBJECTIVES.get(row, model.Distiller))
     saved, cfg = model.load_checkpoint(cfg.run_path)
+    last = saved["history"][-1]
     evaluator = evaluation.Evaluator(cfg)
     student = model.build_student(cfg, saved["student"])
     rows = [evaluator.row("student", student)]
     if not any(line["row"] == "teacher" for line in records.known(RUNS)):
         records.add(RUNS, dict(row="teacher", **evaluator.row("teacher", model.load_teacher(cfg))))
-    line = dict(row=row, settings=ROWS[row] | chosen, steps=last["step"],
+    line = dict(row=row, settings=ROWS[row] | chosen, epochs=last["epoch"],
                 loss=last["loss"], seconds=last["seconds"], memory_gb=last["memory_gb"],
                 trained_per_s=last["step"] * cfg.batch_size / last["seconds"], **rows[0])
     records.add(RUNS, line | model.environment(torch.device("cpu")))
@@ -130,7 +146,7 @@ def table():
         kept = [f"{100 * line[key] / teacher[key]:.0f}" for key in ("knn20", "linear")]
         rows.append([line["row"], f"{line['params_m']:.2f}", f"{line['gflops']:.3f}",
                      line["settings"]["precision"], f"{line['trained_per_s']:.0f}",
-                     f"{line['seconds'] / 60:.1f}", line["settings"]["epochs"],
+                     f"{line['seconds'] / 60:.1f}", f"{line['epochs']:.1f}",
                      f"{line['memory_gb']:.1f}", f"{100 * line['knn20']:.1f}",
                      f"{100 * line['linear']:.1f}", " / ".join(kept)])
     return records.markdown(*rows)
