@@ -232,6 +232,7 @@ TRAIN = "train", "training", "trainval"  # what a split may be called: the first
 TEST = ("test", "testing", "validation", "validate", "valid", "val", "dev", "evaluation", "eval",
         "holdout")
 USUAL = {*TRAIN, *TEST}
+OTHERS = {"extra", "pred", "unlabeled", "unlabelled"}  # splits, but beside others
 ADDED = set("data dataset image images img imgs part photos pictures seg set".split())  # beside it
 ARCHIVES = ".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"
 NO_DATA = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}  # thumbnails and bins of disks
@@ -404,7 +405,7 @@ def split_names(folders):
     if len(bare) == 1 and counts and not counts.keys() & {*TRAIN}:
         own[bare[0]] = ["train"]
     for folder, some in own.items():
-        known = [word for word in some if word in USUAL]
+        known = [word for word in some if word in USUAL | OTHERS]
         if not known:
             return {}
         if counts[known[0]] < 2:  # no other folder has the word

@@ -260,6 +260,7 @@ class Backbone(nn.Module):
         has_token = getattr(net, "cls_token", None) is not None
         self.prefix = getattr(net, "num_prefix_tokens", int(has_token))  # class token, registers
         self.fingerprint = ""  # a teacher's names its weights
+        self.names = [*net.state_dict()]
         self.parameter_count = sum(p.numel() for p in net.parameters())
         for name in ("mean", "std"):
             value = torch.tensor(net.pretrained_cfg[name]).view(3, 1, 1)
@@ -384,7 +385,9 @@ def check_model(name, size, arguments):
     with torch.device("meta"):
         net = create(name, arguments)
     projection = getattr(getattr(net, "patch_embed", None), "proj", None)
-    patch = getattr(projection, "stride", (1,))[0]
+    patch, *others = {*getattr(projection, "stride", (1,))}
+    if others:
+        raise UserError("its patches are not square")
     if size % patch:
         larger = math.ceil(size / patch) * patch
         raise UserError(f"{size} px is no multiple of the {patch} px patch, such as {larger}")

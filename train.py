@@ -222,7 +222,11 @@ def from_rank_0(value):
 
 
 def check_groups(cfg, distiller, parts):
-    """Say which parameters no optimiser of `parts` has. Raises UserError for a group's own rate."""
+    """Say which parameters no optimiser of `parts` has. Raises UserError for a group's own rate,
+    and for a student that could not be built again."""
+    if [*distiller.student.net.state_dict()] != distiller.student.names:
+        raise UserError("student.net has other weights than timm builds it with: register them in "
+                        "the fork, or a model of your own with timm")
     if any(group["lr"] != cfg.lr for group in parts["optimiser"].param_groups):
         raise UserError("parameter_groups: lr_scale, which multiplies --lr, in place of lr")
     learning = set()

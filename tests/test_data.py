@@ -508,7 +508,7 @@ def test_folders_have_no_label_columns(own, tmp_path):
     ("train test_id test_ood", "train test_id test_ood"),
     ("Training PublicTest PrivateTest", "training public_test private_test"),
     ("trainA trainB testA testB", "train_a train_b test_a test_b"),
-    ("train train_masks test", "train train_masks test"),
+    ("train train_masks test", "train train_masks test"), ("train unlabeled", "train unlabeled"),
     ("steam_train bus test_tube", "train"), ("steam_train bullet_train", "train"),
     ("images other test", "train"), ("test_photos", "train"), ("1 2 test", "train")])
 def test_folders_with_words_for_splits_are_splits(folders, expected):

@@ -535,6 +535,21 @@ def test_a_fork_with_the_name_of_what_it_extends_is_refused(tiny):
         train.main(tiny(), objective=fork)
 
 
+def test_weights_that_a_fork_adds_to_the_student_are_refused_before_training(tiny):
+    class Adapter(model.Distiller):
+        def __init__(self, student, teacher, cfg):
+            super().__init__(student, teacher, cfg)
+            student.net.adapter = nn.Linear(4, 4)
+
+    with pytest.raises(UserError, match="other weights than timm builds it with"):
+        train.main(tiny(), objective=Adapter)
+
+
+def test_patches_that_are_not_square_are_refused(tiny):
+    with pytest.raises(UserError, match="its patches are not square"):
+        train.main(tiny(student_args="patch_size=(8,2) depth=1"))
+
+
 class Frozen(model.Distiller):
     """Some layers are frozen in the first epoch; others stay frozen, batch norm included."""
 
