@@ -314,7 +314,8 @@ class Table:
         kinds = self.part.features
         classes = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
         for name in [column] if column else [*LABEL_COLUMNS, *classes]:
-            if isinstance(kinds.get(name), (datasets.Value, datasets.ClassLabel)):
+            is_label = isinstance(kinds.get(name), (datasets.Value, datasets.ClassLabel))
+            if is_label and self.part.data.column(name).null_count < len(self.part):
                 return name
         return None
 
@@ -442,8 +443,8 @@ def folder_splits(places):
 
 def open_folder(cfg):
     """A local folder -> split -> `Files` or `datasets.Dataset`, and the names of files that are
-    left out. Of images and parquet files it holds what takes more of the disk. Tar shards count
-    where there are no images: beside some they are archives of these."""
+    left out. Of images and parquet files it holds what takes more of the disk. Tar shards that
+    are not much larger are archives of the images beside them."""
     folder = os.path.abspath(cfg.dataset)
     root = os.path.realpath(folder)
     skipped = {os.path.realpath(cfg.cache_dir), os.path.realpath(cfg.run_path)} - {root}
@@ -456,10 +457,13 @@ def open_folder(cfg):
     card = ""
     if "README.md" in names:
         card = Path(folder, "README.md").read_text(errors="replace")
-    used = images or tars
+
+    def size(some):
+        return sum(os.path.getsize(f"{folder}/{name}") for name in some)
+
+    used = tars if size(tars) > 4 * size(images) else images
     if tables:  # img2dataset writes one of captions beside each tar; some lay samples beside tables
-        used = max(used, tables,
-                   key=lambda some: sum(os.path.getsize(f"{folder}/{name}") for name in some))
+        used = max(used, tables, key=size)
     configs = card.count("config_name:")
     # Images need a card only where it names files, or several configurations.
     stated = configs > 1 or configs and (used is not images or re.search("data_(dir|files):", card))
@@ -557,9 +561,10 @@ def about_files(names):
     stated = {}
     for name in names:
         kind = re.sub(rf"[-_]?\d*{NUMBERS}", "", name)
-        kinds.append(kind)
         if found := re.search(r"-of-(\d+)", name):
+            kind += " in parts"
             stated[kind] = int(found[1])
+        kinds.append(kind)
     text = ""
     if len({*kinds}) > 1:
         text = f"; files: {commonest(kinds)}"
@@ -588,7 +593,7 @@ def check_tars(part):
     count = 0
     for file in getattr(part, "tars", []):
         with tarfile.open(file) as tar:
-            names = [member.name for member in tar if member.isfile()]
+            names = [member.name for member in tar if not member.isdir()]
         for name in names:
             place, base = os.path.split(os.path.normpath(name))
             if not base.startswith("._"):  # what a Mac adds
@@ -627,13 +632,21 @@ def class_names(file):
 def open_saved(folder, names):
     """What `save_to_disk` wrote -> split -> `datasets.Dataset`. Its lists may name any file: the
     last names count. Other files are left from an earlier save, or cached by `map`."""
-    lists = [name for name in names if os.path.basename(name) == "state.json"]
+    if "state.json" in names:
+        lists = ["state.json"]
+    else:  # other folders are of an earlier save, too
+        splits = json.loads(Path(folder, "dataset_dict.json").read_text())["splits"]
+        lists = [f"{split}/state.json" for split in splits]
     opened = {}
-    for name in ["state.json"] if "state.json" in lists else lists:
+    for name in lists:
         place = os.path.dirname(name)
+        if name not in names:
+            raise UserError(f"dataset_dict.json lists {place}, which is not there")
         listed = json.loads(Path(folder, name).read_text())["_data_files"]
         files = [os.path.basename(some["filename"]) for some in listed]
         files = [file for file in files if os.path.join(place, file) in names]
+        if listed and not files:
+            raise UserError(f"state.json of {place or 'it'} lists files, of which none is there")
         parts = [datasets.Dataset.from_file(os.path.join(folder, place, file)) for file in files]
         if parts:
             split = place or "train"
@@ -690,6 +703,8 @@ def open_source(cfg, split):
         notes += f"; labels: {name or 'no column'}"
         if classes := getattr(source.part.features.get(name), "names", []):
             notes += f" ({first_ten(classes)})"
+        if "split" in source.part.features:  # what `datasets` calls splits are files
+            notes += f"; column split: {commonest(source.part['split'][:])}"
     if left_out:
         kinds = (Path(name).suffix or "without extension" for name in sorted(left_out))
         notes += f"; other files, left out: {commonest(kinds)}"
@@ -821,6 +836,12 @@ class Store:
 
     def __len__(self):
         return len(self.rows)
+
+    def label_column(self, column):
+        """The column that labels(column) takes; folders have none."""
+        if isinstance(self.source, Table):
+            return self.source.label_column(column) or column
+        return column
 
     def labels(self, column=""):
         """The class name of each image, or None: an array of objects [I]."""

@@ -146,10 +146,11 @@ class Evaluator:
             self.test = self.train
             test_rows = data.subset(train_rows, math.ceil(len(train_rows) / 10), data.HELD_OUT)
             train_rows = np.setdiff1d(train_rows, test_rows)
-        source_labels = self.train.source_labels(cfg.label_column)
+        column = self.train.label_column(cfg.label_column)  # for both splits
+        source_labels = self.train.source_labels(column)
         labels = source_labels[self.train.rows]
         same = self.test is self.train
-        labels_test = labels if same else self.test.labels(cfg.label_column)
+        labels_test = labels if same else self.test.labels(column)
         all_labels = np.concatenate([labels[train_rows], labels_test[test_rows]])
         self.unlabelled = pandas.isna(all_labels).sum()
         self.train_rows = with_labels(labels, train_rows, max_train)

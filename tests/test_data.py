@@ -669,8 +669,12 @@ def test_saved_tables_that_name_files_outside_of_their_folder_do_not_reach_them(
         name = file.format(arrow.name, root=tmp_path)
         state = f'{{"_data_files": [{{"filename": "{name}"}}]}}'
         (tmp_path / "own" / "train" / "state.json").write_text(state)
-    splits, _ = data.open_folder(own())
-    assert list(splits) == ["train"] and splits["train"]["label"] == [50] * 8
+    if file:
+        splits, _ = data.open_folder(own())
+        assert list(splits) == ["train"] and splits["train"]["label"] == [50] * 8
+        return
+    with pytest.raises(UserError, match="which is not there"):
+        data.open_folder(own())
 
 
 def test_a_pipe_in_the_place_of_a_file_hangs_nothing(own, tmp_path):
@@ -679,7 +683,7 @@ def test_a_pipe_in_the_place_of_a_file_hangs_nothing(own, tmp_path):
     (path,) = (tmp_path / "own").glob("train/*.arrow")
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match="no split 'train'"):
+    with pytest.raises(UserError, match="train lists files, of which none is there"):
         data.open_store(own(), "train")
 
 
@@ -964,7 +968,7 @@ def test_missing_shards_and_shards_of_several_names_are_said(own, tmp_path):
         rows["train"].to_parquet(tmp_path / "own" / f"train-0000{number}-of-00004.parquet")
     assert "4 of train; 2 of 4 files are there;" in data.open_store(own(), "train").summary
     rows["train"].to_parquet(tmp_path / "own" / "more.parquet")
-    assert "6 of train; files: 2 train, 1 more;" in data.open_store(own(), "train").summary
+    assert "6 of train; files: 2 train in parts, 1 more;" in data.open_store(own(), "train").summary
     saved = datasets.concatenate_datasets([rows["train"]] * 3)
     saved.save_to_disk(tmp_path / "saved", num_shards=3)
     (tmp_path / "saved" / "data-00001-of-00003.arrow").unlink()
@@ -1082,6 +1086,46 @@ def test_what_save_to_disk_wrote_is_not_read_from_the_folder_around_it(tmp_path,
     splits.save_to_disk(tmp_path / "own" / "set")
     with pytest.raises(UserError, match="save_to_disk wrote set within it: give that folder"):
         data.open_store(own(), "train")
+
+
+def test_a_split_of_an_earlier_save_is_not_read(tmp_path, own):
+    for other, first in (("test", 0), ("validation", 10)):
+        splits = datasets.DatasetDict({"train": drawn([0, 1] * 2), other: drawn([1, 0], first)})
+        splits.save_to_disk(tmp_path / "own")
+    with pytest.raises(UserError, match="no split 'nonsense', only train, validation"):
+        data.open_store(own(), "nonsense")
+    assert data.open_store(own(), "test").split == "validation"
+
+
+@pytest.mark.parametrize("gone", ["", "data-00000-of-00001.arrow"])
+def test_a_split_that_a_saved_set_lists_and_lacks_is_said(tmp_path, own, gone):
+    datasets.DatasetDict(train=drawn([0, 1]), test=drawn([1])).save_to_disk(tmp_path / "own")
+    if gone:
+        (tmp_path / "own" / "test" / gone).unlink()
+    else:
+        shutil.rmtree(tmp_path / "own" / "test")
+    with pytest.raises(UserError, match="lists test, which is not there|test lists files, of"):
+        data.open_store(own(), "train")
+
+
+def test_an_export_that_lies_beside_an_earlier_one_is_said(tmp_path, own):
+    tables(tmp_path, [0, 1])
+    drawn([0, 1]).to_parquet(tmp_path / "own" / "train-00000-of-00001.parquet")
+    assert "files: 1 train in parts, 1 train;" in data.open_store(own(), "train").summary
+
+
+def test_a_column_called_split_is_said(tmp_path, own):
+    rows = drawn([0, 1] * 3).add_column("split", ["train", "train", "test"] * 2)
+    (tmp_path / "own").mkdir()
+    rows.to_parquet(tmp_path / "own" / "data.parquet")
+    assert "; column split: 4 train, 2 test;" in data.open_store(own(), "train").summary
+
+
+def test_a_picture_beside_tar_shards_is_not_taken_for_the_data(tmp_path, own):
+    put(tmp_path / "own", "logo.png")
+    shard(tmp_path / "own" / "0.tar", 0, 40)
+    store = data.open_store(own(), "train")
+    assert len(store) == 40 and "left out: 1 .png" in store.summary
 
 
 def test_a_smaller_copy_of_the_splits_is_not_taken_for_the_data(tmp_path, own):

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import png, put, tables
+from conftest import drawn, png, put, tables
 
 import data
 import eval as evaluation
@@ -441,6 +441,19 @@ def test_an_evaluation_that_will_fail_is_refused_before_training(tiny):
         with pytest.raises(UserError, match="bred|tset"):
             train.main(cfg)
         assert not cfg.run_path.exists()
+
+
+def test_both_splits_are_evaluated_by_one_column(own, tmp_path):
+    kind = datasets.ClassLabel(names=["no", "yes"])
+    rows = drawn([0, 1] * 6).rename_column("label", "smiling").cast_column("smiling", kind)
+    rows = rows.add_column("male", [0, 0, 1, 1] * 3).cast_column("male", kind)
+    rows = rows.add_column("label", [None] * 12)  # of a test split without labels
+    (tmp_path / "own").mkdir()
+    rows.to_parquet(tmp_path / "own" / "train.parquet")
+    rows.select_columns(["image", "male", "smiling"]).to_parquet(tmp_path / "own" / "test.parquet")
+    evaluator = evaluation.Evaluator(own())
+    assert evaluator.y.tolist() == evaluator.y_test.tolist() == [0, 1] * 6
+    assert "labels: smiling (no, yes)" in str(evaluator)
 
 
 def test_a_mistyped_label_column_is_refused(tiny):
