@@ -179,6 +179,7 @@ def validate(cfg, *names, found=()):
         high = HIGHEST.get(name, 1e9)
         kinds = int if isinstance(default, int) else (int, float)
         is_right = isinstance(value, kinds) and low <= value <= high
+        is_right &= isinstance(value, bool) == isinstance(default, bool)
         if isinstance(default, int | float) and not is_right:
             whole = ", a whole number" if isinstance(default, int) else ""
             found.append(f"--{name} {value}: must be from {low} to {high:g}{whole}")

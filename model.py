@@ -437,6 +437,8 @@ def parse_arguments(text):
         name, _, value = item.partition("=")
         if not value or item.endswith(","):
             raise UserError("--student_args takes name=value, separated by spaces")
+        if value.lower() in ("true", "false", "none"):
+            value = value.title()
         with suppress(ValueError, SyntaxError):  # else a word
             value = ast.literal_eval(value)
         arguments[name] = value

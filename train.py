@@ -70,6 +70,8 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         # ------------------------------------------------------------ optimiser and precision
         dtype = models.pick_dtype(cfg.precision, device)
         groups = distiller.parameter_groups(cfg.weight_decay)
+        for group in groups:
+            group.setdefault("weight_decay", cfg.weight_decay)
         if cfg.optimiser == "muon":
             optimiser = Muon(groups, cfg.lr, dtype)
         else:
@@ -100,9 +102,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         parts = dict(objective=distiller, optimiser=optimiser, scaler=scaler)  # of a checkpoint
         check_groups(cfg, distiller, parts)
         if saved:
-            for name, part in parts.items():
-                if saved[name]:  # the scaler's is empty but in fp16
-                    part.load_state_dict(saved[name])
+            restore(saved, parts)
         else:  # measure the mean and the principal axes of what the teacher outputs
             distiller.fit(sample_features(distiller, teach, store, device))
             broadcast(distiller)  # the same bits everywhere, as they name the cache
@@ -240,6 +240,14 @@ def check_groups(cfg, distiller, parts):
                     f"learn, such as {left_out[0]}")
 
 
+def restore(saved, parts):
+    """Load what a checkpoint holds of each part."""
+    for name, part in parts.items():
+        with models.naming(f"{saved['path']} is of other code: its {name} does not fit"):
+            if saved[name]:  # the scaler's is empty but in fp16
+                part.load_state_dict(saved[name])
+
+
 def sample_features(distiller, teach, store, device):
     """The teacher's Features of some images, with a few places of each: float32, all at once."""
     rows = data.epoch_order(len(store), distiller.cfg.seed, 0)[:FIT_IMAGES]
@@ -371,7 +379,7 @@ def cache_folder(cfg, distiller, key):
     key += [getattr(distiller, name).__qualname__ for name in methods]
     heads = [module for module in distiller.modules() if isinstance(module, models.Head)]
     key += [cfg.seed, cfg.teacher_size, cfg.crop_scale]
-    key += [(head.kind, head.whiten) for head in heads]
+    key += [(head.kind, head.whiten, type(head).target.__qualname__) for head in heads]
     name = data.digest(str(key))
     fitted = data.digest("", [value for head in heads for value in head.buffers()])
     folder = Path(cfg.cache_dir, "targets", f"{name}-{fitted[:6]}")
@@ -484,7 +492,7 @@ class Journal:
         if taken := stats.keys() & (others.keys() | OWN):
             raise UserError(f"what losses returns needs another name: {', '.join(taken)}")
         for name, value in (others | stats).items():
-            self.recent[name].append(value.detach().clone())
+            self.recent[name].append(torch.as_tensor(value).detach().clone())
 
     def average(self, step, steps_per_epoch, rate, scaler):
         """A line: the statistics since the last one, averaged; the host waits for the device here.
@@ -548,6 +556,8 @@ class Journal:
         if kept or stopping or monotonic() - self.saved_at > SAVE_SECONDS:
             names.append("checkpoint_latest.pth")
             self.saved_at = monotonic()
+            for value in distiller.evaluated.net.state_dict().values():
+                models.finite(value, "student")  # fp16 can leave NaN in a batch norm
         for name in names:
             models.save_checkpoint(
                 cfg.run_path / name, step=line["step"], epoch=epoch, history=self.history,

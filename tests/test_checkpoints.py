@@ -191,6 +191,8 @@ def test_a_checkpoint_of_another_version_is_refused_with_a_clear_sentence(
 
 @pytest.mark.parametrize("changes, words", [
     (dict(epochs=2.0), "--epochs 2.0: must be from 1 to .*, a whole number"),
+    (dict(lr=True), "--lr True: must be from"), (dict(eval_at_end="no"), "--eval_at_end no: must"),
+    (dict(eval_at_end=5), "--eval_at_end 5: must"), (dict(epochs=True), "--epochs True: must"),
     (dict(dataset=None), "--dataset None: must be text"),
     (dict(dataset=["x"], student_args=dict(depth=6)), "--student_args .*: must be text"),
 ])
@@ -198,6 +200,11 @@ def test_a_file_of_settings_with_other_types_is_refused(tmp_path, changes, words
     (tmp_path / "config.json").write_text(json.dumps(changes))
     with pytest.raises(UserError, match=words):
         parse(Config, ["--preset", str(tmp_path)])
+
+
+def test_words_for_true_and_false_are_no_text():
+    found = model.parse_arguments("a=false b=True c=NONE d=jax e=(2,2)")
+    assert found == dict(a=False, b=True, c=None, d="jax", e=(2, 2))
 
 
 def test_a_checkpoint_is_found_in_its_run_folder_and_others_are_told_apart(run, refused, tmp_path):

@@ -591,3 +591,71 @@ def test_weights_that_a_student_shares_are_exported(tiny, tmp_path):
     train.main(cfg)
     exported = safetensors.torch.load_file(cfg.run_path / "student.safetensors")
     assert same(exported, weights(cfg))
+
+
+class Clipped(model.Head):
+    def target(self, features):
+        return super().target(features).clamp(-3.5, 3.5)
+
+
+class WithClipped(model.Distiller):
+    """Another target, by a head of one's own; a statistic that is a number."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        self.cls_head = Clipped("pca", student.cls_dim, teacher.cls_dim)
+
+    def losses(self, features, target):
+        loss, stats = super().losses(features, target)
+        return loss, stats | dict(half=0.5)
+
+
+def test_a_head_of_ones_own_has_a_cache_of_its_own(tiny, tmp_path):
+    for number, objective in enumerate((model.Distiller, WithClipped)):
+        cfg = tiny(epochs=1, teacher_views=1, cache_dir=str(tmp_path / "cache"),
+                   run_dir=str(tmp_path / str(number)))
+        train.main(cfg, objective=objective)
+    assert len([*(tmp_path / "cache" / "targets").iterdir()]) == 2
+    assert metrics(cfg)[-1]["half"] == 0.5
+
+
+def test_a_fork_that_has_changed_since_does_not_continue_its_run(tiny):
+    def fork(count):
+        class Changed(model.Distiller):
+            def __init__(self, student, teacher, cfg):
+                super().__init__(student, teacher, cfg)
+                self.register_buffer("queue", torch.zeros(count))
+
+        return Changed
+
+    train.main(tiny(epochs=1), objective=fork(3))
+    with pytest.raises(UserError, match="of other code: its objective does not fit"):
+        train.main(tiny(epochs=2), objective=fork(4))
+
+
+def test_groups_without_weight_decay_take_the_settings(tiny, monkeypatch):
+    decays = []
+
+    class Grouped(model.Distiller):
+        def parameter_groups(self, weight_decay):
+            return [dict(params=[*self.parameters()])]
+
+    inner = train.check_groups
+    monkeypatch.setattr(train, "check_groups", lambda cfg, distiller, parts: (
+        decays.append(parts["optimiser"].param_groups[0]["weight_decay"]),
+        inner(cfg, distiller, parts)))
+    for name in ("adamw", "muon"):
+        train.main(tiny(epochs=1, optimiser=name, weight_decay=0.3, resume=False), Grouped)
+    assert decays == [0.3, 0.3]
+
+
+def test_a_student_of_nan_is_not_saved(tiny):
+    class Broken(model.Distiller):
+        def after_step(self, step):
+            if step == 9:
+                self.student.net.norm.bias.data.fill_(torch.nan)
+
+    cfg = tiny(epochs=2)
+    with pytest.raises(UserError, match="student outputs NaN"):
+        train.main(cfg, objective=Broken)
+    assert all(value.isfinite().all() for value in weights(cfg).values())

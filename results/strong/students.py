@@ -89,7 +89,7 @@ def step_seconds(cfg, precision):
     """The median of seven training steps of the student: rendering, both passes, optimiser."""
     dtype = model.pick_dtype(precision, torch.device("cpu"))
     student = model.build_student(cfg).train()
-    optimiser = train.Muon([dict(params=list(student.parameters()))], cfg.lr, dtype)
+    optimiser = train.Muon(student.parameters(), cfg.lr, dtype)
     stored = torch.randint(256, (cfg.batch_size, 3, 32, 32), dtype=torch.uint8)
     boxes, flips = data.view_crops(np.arange(cfg.batch_size), 0, 0, cfg.crop_scale)
     seconds = []
