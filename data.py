@@ -703,7 +703,7 @@ def open_source(cfg, split):
         notes += f"; labels: {name or 'no column'}"
         if classes := getattr(source.part.features.get(name), "names", []):
             notes += f" ({first_ten(classes)})"
-        if "split" in source.part.features:  # what `datasets` calls splits are files
+        if isinstance(source.part.features.get("split"), datasets.Value):  # rows are not split by it
             notes += f"; column split: {commonest(source.part['split'][:])}"
     if left_out:
         kinds = (Path(name).suffix or "without extension" for name in sorted(left_out))

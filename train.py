@@ -556,8 +556,9 @@ class Journal:
         if kept or stopping or monotonic() - self.saved_at > SAVE_SECONDS:
             names.append("checkpoint_latest.pth")
             self.saved_at = monotonic()
-            for value in distiller.evaluated.net.state_dict().values():
-                models.finite(value, "student")  # fp16 can leave NaN in a batch norm
+            weights = distiller.evaluated.net.state_dict().values()
+            if any(value.isnan().any() for value in weights):  # fp16 leaves some in batch norms
+                raise UserError("weights of the student are NaN: --precision fp32")
         for name in names:
             models.save_checkpoint(
                 cfg.run_path / name, step=line["step"], epoch=epoch, history=self.history,

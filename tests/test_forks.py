@@ -656,6 +656,6 @@ def test_a_student_of_nan_is_not_saved(tiny):
                 self.student.net.norm.bias.data.fill_(torch.nan)
 
     cfg = tiny(epochs=2)
-    with pytest.raises(UserError, match="student outputs NaN"):
+    with pytest.raises(UserError, match="weights of the student are NaN"):
         train.main(cfg, objective=Broken)
     assert all(value.isfinite().all() for value in weights(cfg).values())
