@@ -699,11 +699,12 @@ def open_source(cfg, split):
     if isinstance(source, Files):
         notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
     elif isinstance(source, Table):
+        kinds = source.part.features
         name = source.label_column(cfg.label_column)
         notes += f"; labels: {name or 'no column'}"
-        if classes := getattr(source.part.features.get(name), "names", []):
+        if classes := getattr(kinds.get(name), "names", []):
             notes += f" ({first_ten(classes)})"
-        if isinstance(source.part.features.get("split"), datasets.Value):  # rows are not split by it
+        if isinstance(kinds.get("split"), datasets.Value):  # rows are not split by it
             notes += f"; column split: {commonest(source.part['split'][:])}"
     if left_out:
         kinds = (Path(name).suffix or "without extension" for name in sorted(left_out))
