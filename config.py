@@ -151,25 +151,27 @@ def suggestion(name, known):
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def wrong_dataset(name):
+def wrong_dataset(flag, name):
     """Why no data set of this name can be looked for, or ""."""
+    if flag == "eval_dataset" and not name:  # the training data
+        return ""
     is_folder = os.path.isdir(name)
     if name in DATASETS and is_folder:
         return (f"{name} is a named data set, and a folder here: write ./{name} for the folder, or "
                 "start where there is none")
     if name not in DATASETS and os.path.isfile(name):
-        return f"data set {name!r} is a file: give its folder; for archives see docs/recipes.md"
+        return f"--{flag} {name!r} is a file: give its folder; for archives see docs/recipes.md"
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)
     if name in DATASETS or is_folder or on_hub:
         return ""
-    return (f"data set {name!r}: no folder here, nor owner/name or owner/name@revision on the "
-            f"Hub, nor {', '.join(DATASETS)}; see --help")
+    return (f"--{flag} {name!r}: no folder here, nor owner/name or owner/name@revision on the "
+            f"Hub, nor {', '.join(DATASETS)}")
 
 
-def validate(cfg, *names, found=()):
-    """Return cfg. Raises UserError: what is `found` to be wrong already, names of data sets that
-    cannot be looked for, bad values."""
-    wrong = dict.fromkeys(map(wrong_dataset, names))  # each once
+def validate(cfg, *flags, found=()):
+    """Return cfg. Raises UserError: what is `found` to be wrong already, data sets of these flags
+    that cannot be looked for, bad values."""
+    wrong = [wrong_dataset(flag, getattr(cfg, flag)) for flag in flags]
     found = [*found, *filter(None, wrong)]
     for name, value in vars(cfg).items():
         default = getattr(type(cfg), name)

@@ -330,7 +330,7 @@ def with_settings(args, cfg):
     cfg = on_dataset(cfg, args.dataset, label_column="", test_split="")
     given = {name: value for name, value in vars(args).items() if value and hasattr(cfg, name)}
     cfg = replace(cfg, **given)
-    return validate(cfg, cfg.dataset)
+    return validate(cfg, "dataset")
 
 
 def main(args, cfg=None):

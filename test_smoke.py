@@ -84,9 +84,9 @@ def test_flags_override_the_preset_and_no_resume_is_a_switch():
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--preset large", "data set ''"), ("--dataset cifar1", "no folder here.*cifar10"),
+    ("--preset large", "--dataset ''"), ("--eval_dataset x", "--eval_dataset 'x': no folder"),
     ("--cls_weight 0 --patch_weight 0", "--cls_weight and --patch_weight are both 0"),
-    ("--lr nan", "--lr nan: must be from 0 to 1e[+]09"),
+    ("--dataset cifar1", "no folder.*cifar10"), ("--lr nan", "--lr nan: must be from 0 to 1e[+]09"),
 ])
 def test_settings_that_cannot_train_are_refused(argv, words):
     with pytest.raises(UserError, match=words):

@@ -57,7 +57,7 @@ STOP_STEPS = 10  # several processes agree every so many steps whether to stop
 def main(cfg: Config, objective=models.Distiller) -> dict:
     """Train; returns the last metrics, with eval_at_end also the evaluation's rows.
     Raises UserError for what the user can fix, SystemExit(128 + signal) when stopped."""
-    validate(cfg, cfg.dataset, cfg.eval_dataset or cfg.dataset)
+    validate(cfg, "dataset", "eval_dataset")
     with processes(cfg) as (rank, world, device), ExitStack() as stack:
         # ------------------------------------------------------------ networks and images
         saved, cfg = find_checkpoint(cfg, rank)  # None: a new run

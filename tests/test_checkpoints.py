@@ -336,8 +336,8 @@ def paths_in(folder: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("wish, words", [
-    (dict(dataset="outside.py"), "data set 'outside.py'"),
-    (dict(dataset="https://example.org/x"), "data set 'https://example.org/x'"),
+    (dict(dataset="outside.py"), "--dataset 'outside.py'"),
+    (dict(dataset="https://example.org/x"), "--dataset 'https://example.org/x'"),
     (dict(student="hf-hub:some/one"), "not a model of timm"),
     (dict(student="local-dir:/outside"), "not a model of timm"),
     (dict(student_args="pretrained=True"), "name no weights"),
