@@ -314,9 +314,10 @@ class Table:
         kinds = self.part.features
         classes = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
         for name in [column] if column else [*LABEL_COLUMNS, *classes]:
-            is_label = isinstance(kinds.get(name), (datasets.Value, datasets.ClassLabel))
-            if is_label and self.part.data.column(name).null_count < len(self.part):
-                return name
+            if isinstance(kinds.get(name), (datasets.Value, datasets.ClassLabel)):
+                column = self.part.data.column(name)  # of all rows, also of those not selected
+                if column.null_count < len(column):
+                    return name
         return None
 
     def labels(self, column):

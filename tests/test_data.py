@@ -1114,6 +1114,12 @@ def test_an_export_that_lies_beside_an_earlier_one_is_said(tmp_path, own):
     assert "files: 1 train in parts, 1 train;" in data.open_store(own(), "train").summary
 
 
+def test_labels_of_selected_rows_are_found_where_most_others_have_none(own, monkeypatch):
+    rows = drawn(["cat"] + [None] * 9 + ["dog"]).select([10, 0])
+    monkeypatch.setitem(DATASETS, "mine", lambda: dict(train=rows))
+    assert of(data.open_store(own(dataset="mine"), "train")) == ["dog", "cat"]
+
+
 def test_a_column_called_split_is_said(tmp_path, own):
     rows = drawn([0, 1] * 3).add_column("split", ["train", "train", "test"] * 2)
     (tmp_path / "own").mkdir()
