@@ -154,8 +154,7 @@ def uniform(index, count, *key):
     index: int64 [B]. A pure function of key (integers) and image: each image takes its part of one
     SplitMix64 sequence (Steele et al. 2014), which the key starts, so nothing is drawn in order."""
     start = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    number = np.arange(1, count + 1)
-    place = np.asarray(index)[:, None] * count + number
+    place = np.asarray(index)[:, None] * count + np.arange(1, count + 1)
     x = start + place.astype(np.uint64) * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -302,8 +301,7 @@ class Table:
         for name in path.filter(compute.is_null(content)).drop_null().to_pylist():
             found.append(None)
             with suppress(OSError, ValueError):
-                path = os.path.abspath(os.path.join(folder, name))
-                found[-1] = stamp(*os.path.split(path))
+                found[-1] = stamp(*os.path.split(os.path.abspath(os.path.join(folder, name))))
         return found
 
     def cells(self, rows):
@@ -928,7 +926,6 @@ def build_store(source, max_samples, size, path):
         note += f", {len(bad)} images cannot be read, such as {examples}"
     if not len(kept):
         raise UserError(f"no image of {source.split} can be read ({note}); {READ}")
-    fingerprint = f"{pixels.hexdigest()[:12]}-{size}"
-    info = dict(split=source.split, size=size, fingerprint=fingerprint, note=note,
-                unreadable=list(bad.items())[:1000])
+    info = dict(split=source.split, size=size, fingerprint=f"{pixels.hexdigest()[:12]}-{size}",
+                note=note, unreadable=list(bad.items())[:1000])
     (path / "info.json").write_text(json.dumps(info))

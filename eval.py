@@ -69,8 +69,7 @@ def fit_probe(x, y, C, w, tolerance=1e-5):
         optimiser.zero_grad()
         total = w[:, :-1].square().sum() / (2 * C * len(x))
         total.backward()
-        parts = zip(x.split(8192), y.split(8192), strict=True)  # bounds the memory
-        for some, labels in parts:
+        for some, labels in zip(x.split(8192), y.split(8192), strict=True):  # bounds the memory
             scores = probe_scores(w, some)
             loss = F.cross_entropy(scores, labels, reduction="sum") / len(x)
             loss.backward()
@@ -282,8 +281,7 @@ class Evaluator:
         for split, embeddings, y, store, rows in (
                 ("train", train, self.y, self.train, self.train_rows),
                 ("test", test, self.y_test, self.test, self.test_rows)):
-            images = json.dumps(store.names(rows))
-            names = dict(images=images, classes=json.dumps(self.classes))
+            names = dict(images=json.dumps(store.names(rows)), classes=json.dumps(self.classes))
             file = Path(folder, f"{split}.safetensors")
             save_file(dict(embeddings=embeddings, labels=y), file, names)
         print(f"features: {folder}")

@@ -112,8 +112,9 @@ class Head(nn.Module):
     @torch.no_grad()
     def fit(self, features):
         """Measure mean, axes and scale on tokens of the teacher, float32 [any, Dt]."""
-        self.mean.copy_(features.double().mean(0))
-        centred = features.double() - self.mean
+        features = features.double()
+        self.mean.copy_(features.mean(0))
+        centred = features - self.mean
         if self.kind == "pca":
             covariance = (centred.T @ centred).cpu()
             axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)
@@ -338,8 +339,7 @@ def load_teacher(cfg) -> Backbone:
             with naming(f"{weights} does not fit {cfg.teacher}"):
                 metadata = safe_open(weights, "pt").metadata() or {}
                 how |= json.loads(metadata.get("student", "{}"))
-        name = how["model"]
-        arguments = how["args"]
+        name, arguments = how["model"], how["args"]
         check_model(name, cfg.teacher_size, arguments)
         if weights:  # the net has its native size
             net = create(name, arguments, weights)
@@ -426,8 +426,7 @@ def official_position_table(table, grid):
         return table
     patches = table[:, 1:].mT.unflatten(2, (G, G))
     patches = F.interpolate(patches, scale_factor=(grid[0] + 0.1) / G, mode="bicubic")
-    patches = patches.flatten(2).mT
-    return torch.cat([table[:, :1], patches], 1)
+    return torch.cat([table[:, :1], patches.flatten(2).mT], 1)
 
 
 def parse_arguments(text):

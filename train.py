@@ -70,7 +70,7 @@ def main(cfg: Config, objective=models.Distiller) -> dict:
         # ------------------------------------------------------------ optimiser and precision
         dtype = models.pick_dtype(cfg.precision, device)
         groups = distiller.parameter_groups(cfg.weight_decay)
-        for group in groups:
+        for group in groups:  # a fork's may lack it
             group.setdefault("weight_decay", cfg.weight_decay)
         if cfg.optimiser == "muon":
             optimiser = Muon(groups, cfg.lr, dtype)
@@ -341,7 +341,8 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
             yield distiller.targets(teach(stored, view, index))
 
     first = np.resize(shards[0], size)
-    T, D = next(compute(0, first)).shape[1:]
+    sample = next(compute(0, first)).cpu()
+    T, D = sample.shape[1:]
     length = T * (D + 2)
 
     def fill(view, rows, path):
@@ -359,11 +360,10 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
              f"          {length * count * len(store) / 1e9:.2f} GB in {folder}")
     data.check_space(cfg.cache_dir, length * missing, "--teacher_views")
     known = [(file, view) for file, view, rows in jobs if file.exists() and rows[0] == 0]
-    for file, view in known[:1] + known[1:][-1:]:  # before others are filled beside them
-        cached = data.Rows([file], torch.int8, (len(shards[0]), T, D + 2))
-        kept = data.dequantise(cached[first])
-        target = next(compute(view, first)).cpu()
-        error = (kept - target).square().sum((0, 2))
+    for file, view in {*known[:1], *known[-1:]}:  # before others are filled beside them
+        target = next(compute(view, first)).cpu() if view else sample
+        cached = data.Rows([file], torch.int8, (len(shards[0]), T, D + 2))[first]
+        error = (data.dequantise(cached) - target).square().sum((0, 2))
         if (error > 0.02 * target.square().sum((0, 2))).any():  # a cosine below 0.99
             raise UserError(f"{folder} holds targets of other code: delete it")
     for wait in (False, True):  # first what no other process is at
