@@ -54,11 +54,11 @@ def knn_predict(train, labels, queries, k=K):
     return torch.cat(predicted)
 
 
-def fit_probe(x, y, C, w, tolerance=1e-5):
-    """Multinomial logistic regression: weights and bias [classes, D + 1], the bias last.
-    x: float [I, D], standardised. Minimises mean cross-entropy + |W|^2 / (2 C I), without a penalty
-    on the bias, as scikit-learn's LogisticRegression(C): by full-batch L-BFGS from w, until no
-    entry of the gradient is above tolerance."""
+def fit_probe(x, y, C, w, tolerance=1e-6):
+    """Multinomial logistic regression: weights [classes, D + 1], the bias last.
+    x: float [I, D + 1], standardised, the last column ones. Minimises mean cross-entropy +
+    |W|^2 / (2 C I), without a penalty on the bias, as scikit-learn's LogisticRegression(C): by
+    full-batch L-BFGS from w, until no entry of the gradient is above tolerance."""
     if len(w) == 2:
         C /= 2  # of two classes scikit-learn has one vector, the difference of these
     w = w.to(x, copy=True).requires_grad_()
@@ -70,19 +70,13 @@ def fit_probe(x, y, C, w, tolerance=1e-5):
         total = w[:, :-1].square().sum() / (2 * C * len(x))
         total.backward()
         for some, labels in zip(x.split(8192), y.split(8192), strict=True):  # bounds the memory
-            scores = probe_scores(w, some)
-            loss = F.cross_entropy(scores, labels, reduction="sum") / len(x)
+            loss = F.cross_entropy(some @ w.T, labels, reduction="sum") / len(x)
             loss.backward()
             total += loss
         return total.detach()
 
     optimiser.step(closure)
     return w.detach()
-
-
-def probe_scores(w, x):
-    """Scores of the classes: [I, classes]."""
-    return F.linear(x, w[:, :-1], w[:, -1])
 
 
 def accuracy(predicted, labels):
@@ -95,17 +89,16 @@ def linear_probe(train, labels, test):
     that of all images from zeros: of a class that was held out whole the bias would be far off."""
     mean = train.double().mean(0)
     std = train.double().std(0, correction=0).clamp_min(1e-8)
-    train = (train - mean) / std
-    test = (test - mean) / std
+    train, test = (F.pad((x - mean) / std, (0, 1), value=1.0) for x in (train, test))
     known, labels = labels.unique(return_inverse=True)  # not the classes of test images alone
     order = np.random.default_rng(0).permutation(len(train))
     held, rest = np.split(order, [len(order) // HOLDOUT])
-    w = train.new_zeros(len(known), train.shape[1] + 1)
+    x, x_held = train[rest].float(), train[held].float()
+    w = x.new_zeros(len(known), x.shape[1])
     scores = {}
     for C in data.progress(STRENGTHS, "linear probe"):
-        w = fit_probe(train[rest].float(), labels[rest], C, w, tolerance=1e-4)
-        predicted = probe_scores(w, train[held].float()).argmax(1)
-        scores[C] = accuracy(predicted, labels[held])
+        w = fit_probe(x, labels[rest], C, w, tolerance=1e-4)
+        scores[C] = accuracy((x_held @ w.T).argmax(1), labels[held])
         best = max(scores.values())
         error = (best * (1 - best) / max(len(held), 1)) ** 0.5  # its standard error
         if scores[C] < best - 2 * error:
@@ -113,7 +106,7 @@ def linear_probe(train, labels, test):
     # Below ten images none is held out: every score is NaN, and max returns the first C.
     C = max(scores, key=scores.get)
     w = fit_probe(train, labels, C, torch.zeros_like(w))
-    return known[probe_scores(w, test).argmax(1)], C
+    return known[(test @ w.T).argmax(1)], C
 
 
 class Evaluator:

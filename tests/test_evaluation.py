@@ -511,10 +511,10 @@ def test_the_probe_is_no_worse_for_few_images_and_weak_features():
     labels = rng.integers(0, 10, 1400)
     features = rng.normal(size=(1400, 64)) + 0.2 * rng.normal(size=(10, 64))[labels]
     x, y = torch.from_numpy(features).float(), torch.from_numpy(labels)
-    accuracies = []
+    accuracies, ones = [], torch.nn.functional.pad(x, (0, 1), value=1.0)
     for C in evaluation.STRENGTHS:
-        w = evaluation.fit_probe(x[:400], y[:400], C, torch.zeros(10, 65))
-        predicted = evaluation.probe_scores(w, x[400:]).argmax(1)
+        w = evaluation.fit_probe(ones[:400], y[:400], C, torch.zeros(10, 65))
+        predicted = (ones[400:] @ w.T).argmax(1)
         accuracies.append(evaluation.accuracy(predicted, y[400:]))
     for seed in range(10):  # other orders hold out other images
         order = np.random.default_rng(seed).permutation(400)
