@@ -221,7 +221,7 @@ def dequantise(quantised):
 
 # ================================================================ II. once: a data set -> a store
 
-STORE_FORMAT = 7  # raise it when decoding changes: older stores are then not found
+STORE_FORMAT = 8  # raise it when decoding changes: older stores are then not found
 LABEL_COLUMNS = "label", "fine_label", "cls"
 FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # of Pillow's; EPS runs programs
 READ = ("what is read: JPEG, PNG, WebP, BMP, GIF, TIFF and PPM files, parquet files, WebDataset's "
@@ -234,6 +234,7 @@ USUAL = {*TRAIN, *TEST}
 OTHERS = {"extra", "pred", "unlabeled", "unlabelled"}  # splits, but beside others
 ADDED = set("data dataset image images img imgs part photos pictures seg set".split())  # beside it
 ARCHIVES = ".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"
+MAPS = "annotation|segmentation|trimap"  # folders of PNGs that tell what each pixel shows
 NO_DATA = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}  # thumbnails and bins of disks
 NUMBERS = r"([-_]\d+)?(-of-\d+)?(-[0-9a-f]{16})?\.\w+$"  # the end of a shard's name
 NOT_THERE = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
@@ -481,14 +482,19 @@ def open_folder(cfg):
 
 
 def without_masks(images):
-    """The same names, but for masks/1.png beside images/1.png and 1_mask.png beside 1.png."""
+    """The same names, but for masks/1.png beside images/1.png, 1_mask.png beside 1.png, and a PNG
+    in a folder of MAPS that is called like a JPEG."""
     stems = {name: os.path.splitext(name)[0] for name in images}
     known = {*stems.values()}
+    photos = {os.path.basename(stem) for name, stem in stems.items()
+              if name.lower().endswith((".jpg", ".jpeg"))}
     kept = []
     for name, stem in stems.items():
         image = re.sub(r"(^|/)[Mm]asks?(?=/)", r"\1images", stem)
         image = re.sub(r"_mask(_\d+)?$", "", image)
-        if image == stem or image not in known:
+        place, base = os.path.split(image)
+        is_map = name.endswith(".png") and re.search(MAPS, place.lower()) and base in photos
+        if not is_map and (image == stem or image not in known):
             kept.append(name)
     return kept
 
@@ -831,6 +837,7 @@ class Store:
         self.note = info["note"]  # how many images are used, and what cannot be read
         self.summary = f"{source.notes}; {self.note}"
         self.rows = np.fromfile(path / "rows.i64", np.int64)  # of the images in their source
+        self.digests = np.fromfile(path / "digests.i64", np.int64)  # equal ones: equal pixels
         shape = len(self), 3, self.size, self.size
         self.images = Rows([path / "images.u8"], torch.uint8, shape)
 
@@ -909,6 +916,7 @@ def build_store(source, max_samples, size, path):
     cells = chain.from_iterable(map(source.cells, parts))
     decoded = read_ahead(partial(try_decode, size=size, folders=source.folders), cells, CHUNK)
     pixels = hashlib.sha256()
+    digests = []  # of each image, by which copies are found
     bad = {}  # row -> why it has no image
     with open(path / "images.u8", "wb") as file:
         for row, image in zip(rows.tolist(), decoded, strict=True):
@@ -916,10 +924,12 @@ def build_store(source, max_samples, size, path):
                 bad[row] = image
             else:
                 pixels.update(image)
+                digests.append(hashlib.sha256(image).digest()[:8])
                 file.write(image)
         os.fsync(file.fileno())
     kept = np.setdiff1d(rows, list(bad))
     kept.tofile(path / "rows.i64")
+    (path / "digests.i64").write_bytes(b"".join(digests))
     note = f"{len(kept)} of {len(source)} are used"
     if bad:
         examples = ", ".join(list(bad.values())[:3])

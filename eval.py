@@ -159,6 +159,10 @@ class Evaluator:
             self.remarks.append(f"no k-NN, no probe: {remark}")
         elif remark:
             self.remarks.append(remark)
+        learned = self.train.digests[self.train_rows]
+        if copies := np.isin(self.test.digests[self.test_rows], learned).sum():
+            self.remarks.append(f"{copies} of the test images have a copy, pixel by pixel, among "
+                                "the training images: their classes are known")
         if 0 < self.unlabelled < len(all_labels):
             self.remarks.append(f"{self.unlabelled} images have no label, or it is -1 or empty")
 

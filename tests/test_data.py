@@ -555,6 +555,10 @@ def test_images_below_a_class_folder_have_its_class():
     (["a/1.png", "b/2.png", "b/2_mask.png", "b/2_mask_1.png"], "classes: 1 a, 1 b; other files, "
      "left out: 2 .png"),
     (["mask/1.png", "no_mask/1.png", "no_mask/2.png"], "classes: 2 no_mask, 1 mask;"),
+    (["mask/1.png", "no_mask/1.jpg", "no_mask/2.jpg"], "classes: 2 no_mask, 1 mask;"),
+    (["a/1.jpg", "b/2.jpg", "annotations/trimaps/1.png", "SegmentationClass/2.png"],
+     "classes: 1 a, 1 b; other files, left out: 2 .png"),
+    (["annotation/1.jpg", "photo/1.png"], "classes: 1 annotation, 1 photo;"),
     ([".357 Magnum/1.png", "9mm/2.png", ".DS_Store"], "left out: 1 .hidden;"),
     (["a::b/1.png", "c/2::3.png"], "2 of 2 are used"),
     (["train/1.png", "test/2.png", "more/3.png", "more/4.png"], "2 of more"),

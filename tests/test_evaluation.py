@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -325,6 +326,20 @@ def test_without_a_test_split_a_tenth_of_train_is_held_out(own, tmp_path):
     assert not {*evaluator.test_rows} & {*evaluator.train_rows}
     with pytest.raises(UserError, match="no split 'test', only train"):
         evaluation.Evaluator(own(test_split="test"))
+
+
+def test_copies_of_training_images_among_the_test_images_are_said(own, tmp_path):
+    put(tmp_path / "own", *[f"{'ab'[i % 2]}/{i}.png" for i in range(40)])
+    assert "have a copy" not in str(evaluation.Evaluator(own()))
+    shutil.copytree(tmp_path / "own", tmp_path / "own" / "again")  # as some archives hold them
+    assert "of the test images have a copy" in str(evaluation.Evaluator(own()))
+    shutil.rmtree(tmp_path / "own" / "again")
+    shutil.copytree(tmp_path / "own", tmp_path / "two" / "train")
+    (tmp_path / "two" / "test" / "a").mkdir(parents=True)
+    (tmp_path / "two" / "test" / "a" / "new.png").write_bytes(png(40))
+    shutil.copy(tmp_path / "own" / "a" / "0.png", tmp_path / "two" / "test" / "a")
+    evaluator = evaluation.Evaluator(own(dataset=str(tmp_path / "two")))
+    assert "1 of the test images have a copy" in str(evaluator)
 
 
 def test_without_labels_similarity_and_cosines_are_evaluated(own, tmp_path, capsys):

@@ -3,11 +3,12 @@
     python results/peers/compare.py CIFAR10 WEIGHTS LIGHTLY_PYTHON
     python results/peers/compare.py --table                          # runs.jsonl as Markdown
 
-CIFAR10 is a folder of the data set's parquet files, WEIGHTS those of the stand-in teacher,
-LIGHTLY_PYTHON the Python of an environment that has LightlyTrain (README.md). Both sides train at
-five learning rates; the best k-NN on held-out training images chooses one of each, and only that
-is tested, with SEEDS seeds. Each evaluation adds a line to runs.jsonl; what is there already is not
-repeated.
+CIFAR10 is a folder of the data set's parquet files, or what results/strong/teacher.py writes as
+cache/strong/half: then WEIGHTS are of that teacher, and lines go into strong.jsonl. Otherwise they
+are of the stand-in teacher. LIGHTLY_PYTHON is the Python of an environment that has LightlyTrain
+(README.md). Both sides train at several learning rates; the best k-NN on held-out training images
+chooses one of each, and only that is tested, with SEEDS seeds. Each evaluation adds a line; what is
+there already is not repeated.
 """
 
 import dataclasses
@@ -32,7 +33,9 @@ import train  # noqa: E402
 from config import Config  # noqa: E402
 from results.records import add, known, markdown, mean_and_spread  # noqa: E402
 
-RUNS = HERE / "runs.jsonl"
+STRONG = "strong" in "".join(sys.argv)  # the teacher that was fine-tuned with labels
+RUNS = HERE / ("strong.jsonl" if STRONG else "runs.jsonl")
+FOLDER = "peers-strong" if STRONG else "peers"
 LEARN, HELD_OUT = 5_120, 5_000  # training images; batches of 128 divide the former
 SEEDS = 3
 SETTINGS = dict(
@@ -43,13 +46,19 @@ RATES = {
     LIGHTLY: (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2),  # default 5e-4; it multiplies by sqrt(128 / 1536)
     OURS: (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),  # default 1e-3
 }
+if STRONG:
+    SETTINGS |= dict(teacher_size=96, student_size=96,
+                     student_args="layers=(1,1,2,0) channels=(64,128,224,224) stem_width=16")
+    RATES = {LIGHTLY: (5e-3, 1.5e-2, 5e-2), OURS: (3.5e-3, 7e-3, 1.4e-2)}
+OWN = dict(optimiser="muon") if STRONG else {}
 
 
 def write_images(cifar: str, folder: Path) -> Path:
     """CIFAR-10's own PNG files in FOLDER/SPLIT/CLASS: train, validation (held out of it), test."""
     if folder.exists():
         return folder
-    source = datasets.load_dataset(cifar).cast_column("img", datasets.Image(decode=False))
+    load = datasets.load_from_disk if STRONG else datasets.load_dataset
+    source = load(cifar).cast_column("img", datasets.Image(decode=False))
     rows = source["train"].shuffle(seed=0)
     part = folder.with_name(folder.name + ".part")
     for split, some in (("train", rows.select(range(LEARN))), ("test", source["test"]),
@@ -67,7 +76,8 @@ def train_lightly(cfg: Config, python: str) -> Path:
     out.mkdir(parents=True)
     settings = dict(
         images=f"{cfg.dataset}/train", weights=cfg.teacher_weights, out=str(out), lr=cfg.lr,
-        teacher=cfg.teacher, student=cfg.student, size=cfg.student_size, epochs=cfg.epochs,
+        teacher=cfg.teacher, student=cfg.student,
+        arguments=model.parse_arguments(cfg.student_args), size=cfg.student_size, epochs=cfg.epochs,
         batch_size=cfg.batch_size, seed=cfg.seed)
     subprocess.run([python, HERE / "peer.py", json.dumps(settings)], check=True)
     return out / "run" / "exported_models" / "exported_last.pt"
@@ -85,8 +95,8 @@ def run(side: str, lr: float, seed: int, split: str, images: Path, weights: str,
     if (side, lr, seed, split) in known_runs():
         return
     # A cache of its own: the time of every run includes decoding, and embedding by the teacher.
-    folder = Path("runs/peers") / f"{side.replace(' ', '_')}-{lr:g}-{seed}"
-    cfg = Config(**SETTINGS, dataset=str(images), teacher_weights=weights, lr=lr, seed=seed,
+    folder = Path("runs", FOLDER) / f"{side.replace(' ', '_')}-{lr:g}-{seed}"
+    cfg = Config(**SETTINGS, **OWN, dataset=str(images), teacher_weights=weights, lr=lr, seed=seed,
                  run_dir=str(folder), cache_dir=f"{folder}-cache", save_every=0)
     finished = folder / "finished.json"
     if not finished.exists():
@@ -156,7 +166,7 @@ def table() -> str:
 
 
 def main(cifar: str, weights: str, python: str) -> None:
-    common = write_images(cifar, Path("cache/peers").resolve()), weights, python
+    common = write_images(cifar, Path("cache", FOLDER).resolve()), weights, python
     for rates in zip(*RATES.values(), strict=True):
         for side, lr in zip(RATES, rates, strict=True):
             run(side, lr, 0, "validation", *common)

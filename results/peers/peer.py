@@ -14,6 +14,7 @@ from importlib import metadata
 os.environ["LIGHTLY_TRAIN_EVENTS_DISABLED"] = "1"  # it would report the run to its makers
 
 import lightly_train  # noqa: E402
+import timm  # noqa: E402
 import torch  # noqa: E402
 from lightly_train._models.timm import timm as wrapper  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -36,12 +37,16 @@ def repaired_features_fn(model):
     return lambda net, x: net.forward_features((x * std + mean - own_mean) / own_std)
 
 
-def main(images, weights, out, teacher, student, size, epochs, batch_size, lr, seed):
+def main(images, weights, out, teacher, student, arguments, size, epochs, batch_size, lr, seed):
+    torch.manual_seed(seed)
+    net = timm.create_model(student, **arguments)
     wrapper._get_forward_features_fn = repaired_features_fn
+    whole = timm.create_model(teacher)  # it wants a classifier, too, which it does not use
+    whole.load_state_dict(load_file(weights), strict=False)
     file = f"{out}/teacher.pth"  # it reads no safetensors
-    torch.save(load_file(weights), file)
+    torch.save(whole.state_dict(), file)
     lightly_train.pretrain(
-        out=f"{out}/run", data=images, model=f"timm/{student}", method="distillationv3",
+        out=f"{out}/run", data=images, model=net, method="distillationv3",
         method_args=dict(teacher=f"timm/{teacher}", teacher_weights=file), epochs=epochs,
         batch_size=batch_size, transform_args=dict(image_size=(size, size)),
         optim_args=dict(lr=lr), seed=seed, precision="bf16-mixed", accelerator="cpu", devices=1,
