@@ -629,7 +629,7 @@ def class_names(file):
         if isinstance(kind, datasets.ClassLabel):
             found.append((name, kind.names))
         elif name in LABEL_COLUMNS:  # words, true or false, numbers
-            type_name = re.sub(r"large_|^u|\d+", "", str(kind.dtype))
+            type_name = re.sub(r"large_|^u|\d+", "", str(getattr(kind, "dtype", kind)))
             found.append((name, type_name.replace("float", "int")))
     return str(found)
 

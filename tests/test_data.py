@@ -778,6 +778,12 @@ def test_files_of_one_split_that_number_their_classes_differently_are_refused(ow
         data.open_store(own(), "train")
 
 
+def test_images_with_several_labels_have_no_class(own, tmp_path):
+    tables(tmp_path, [[0, 1], [1], []])
+    store = data.open_store(own(), "train")
+    assert of(store) == [None] * 3 and "labels: no column" in store.summary
+
+
 def test_names_of_shards_may_end_in_a_digest(own, tmp_path):
     folder = Path(tables(tmp_path, [0] * 4, [1] * 2))
     for split, digest in (("train", "4746b8785c874cc7"), ("test", "aa3d9f1e2b7c6d5e")):
