@@ -1,4 +1,5 @@
-"""Which student: timm models that learn from one teacher for equal minutes on a CPU.
+"""Which student, and which settings of one: runs that learn from one teacher for equal minutes on a
+CPU.
 
     python results/strong/students.py "resnet10t" "convnext_atto"  # some rows
     python results/strong/students.py                              # all rows, one after the other
@@ -31,6 +32,7 @@ import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
+from examples.forks import jitter  # noqa: E402
 
 RUNS = HERE / "students.jsonl"
 MINUTES = 5
@@ -55,6 +57,18 @@ ROWS = {  # settings that differ from BASE
     "ViT, patches of 4 at 32 px": dict(student="vit_tiny_patch16_224", student_size=32,
                                        student_args="patch_size=4 depth=4"),
 }
+ROWS |= {f"three stages, {name}": THREE_STAGES | change for name, change in {
+    "as above": {}, "seed 1": dict(seed=1), "1 view": dict(teacher_views=1),
+    "4 views": dict(teacher_views=4), "8 views": dict(teacher_views=8),
+    "crops from 0.08": dict(crop_scale=0.08), "crops from 0.2": dict(crop_scale=0.2),
+    "crops from 0.7": dict(crop_scale=0.7), "patch weight 0": dict(patch_weight=0.0),
+    "patch weight 1": dict(patch_weight=1.0), "patch weight 2": dict(patch_weight=2.0),
+    "not whitened": {}, "half whitened": {}, "jitter": {},
+    "batches of 256, rate 7e-3": dict(batch_size=256, lr=7e-3),
+    "batches of 64, rate 3.5e-3": dict(batch_size=64, lr=3.5e-3),
+    "rate 1e-2": dict(lr=1e-2), "weight decay 0.2": dict(weight_decay=0.2),
+}.items()}
+WHITEN = {"three stages, not whitened": 0.0, "three stages, half whitened": 0.5}
 
 
 class Cutmix(model.Distiller):
@@ -80,7 +94,7 @@ class Cutmix(model.Distiller):
         return torch.where((inside[0][:, :, None] & inside[1][:, None])[:, None], others, images)
 
 
-OBJECTIVES = {"the same, cutmix": Cutmix}
+OBJECTIVES = {"the same, cutmix": Cutmix, "three stages, jitter": jitter.Jitter}
 
 
 def step_seconds(cfg, precision):
@@ -121,6 +135,7 @@ def run(row):
     cfg = Config(**BASE | ROWS[row] | dict(run_dir=f"runs/students/{row}"))
     seconds = {precision: step_seconds(cfg, precision) for precision in ("bf16", "fp32")}
     chosen = dict(precision=min(seconds, key=seconds.get))
+    model.WHITEN["linear"] = WHITEN.get(row, 1.0)
     with suppress(SystemExit):
         train.main(Config(**vars(cfg) | chosen), OBJECTIVES.get(row, model.Distiller))
     saved, cfg = model.load_checkpoint(cfg.run_path)
