@@ -702,6 +702,8 @@ def open_source(cfg, split):
     counts = [f"{len(part)} of {name or 'no split'}" for name, part in splits.items()]
     notes = f"images: {', '.join(counts)}{remark}"
     if isinstance(source, Files):
+        if cfg.image_column:
+            raise UserError("--image_column: a folder of images has no columns")
         notes += f"; classes: {commonest(name or 'no class' for name in source.classes)}"
     elif isinstance(source, Table):
         kinds = source.part.features

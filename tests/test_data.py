@@ -491,6 +491,12 @@ def test_what_cannot_be_reached_now_ends_with_a_message(own, tmp_path, monkeypat
         data.open_store(own(), "train")
 
 
+def test_folders_have_no_columns_of_images(own, tmp_path):
+    put(tmp_path / "own", "a/1.png", "b/2.png")
+    with pytest.raises(UserError, match="has no columns"):
+        data.open_store(own(image_column="photo"), "train")
+
+
 def test_folders_have_no_label_columns(own, tmp_path):
     put(tmp_path / "own", "cat/1.png", "dog/2.png")
     with pytest.raises(UserError, match="--label_column species: neither split has labels"):
