@@ -123,25 +123,14 @@ class Evaluator:
         self.dtype = models.pick_dtype(cfg.precision, self.device)
         self.autocast = torch.autocast(self.device.type, self.dtype,
                                        enabled=self.dtype != torch.float32)
-        self.train = data.open_store(cfg, cfg.train_split, cfg.max_samples)
-        try:
-            self.test = data.open_store(cfg, cfg.test_split or "test")
-        except data.NoSplit:
-            if cfg.test_split:
-                raise
-            self.test = self.train
-        train_rows = np.arange(len(self.train))
-        test_rows = np.arange(len(self.test))
+        self.train, self.test, train_rows, test_rows = open_both(cfg)
+        same = self.test is self.train
         self.remarks = []
-        if self.test.split == self.train.split:
+        if same:
             self.remarks.append("no test split: a tenth of the training images is tested")
-            self.test = self.train
-            test_rows = data.subset(train_rows, math.ceil(len(train_rows) / 10), data.HELD_OUT)
-            train_rows = np.setdiff1d(train_rows, test_rows)
         column = self.train.label_column(cfg.label_column)  # for both splits
         source_labels = self.train.source_labels(column)
         labels = source_labels[self.train.rows]
-        same = self.test is self.train
         labels_test = labels if same else self.test.labels(column)
         all_labels = np.concatenate([labels[train_rows], labels_test[test_rows]])
         self.unlabelled = pandas.isna(all_labels).sum()
@@ -282,6 +271,23 @@ class Evaluator:
             file = Path(folder, f"{split}.safetensors")
             save_file(dict(embeddings=embeddings, labels=y), file, names)
         print(f"features: {folder}")
+
+
+def open_both(cfg):
+    """The stores of the training and test images of a config, and the rows of each to evaluate on.
+    Without a test split a tenth of the training images is held out."""
+    train = data.open_store(cfg, cfg.train_split, cfg.max_samples)
+    try:
+        test = data.open_store(cfg, cfg.test_split or "test")
+    except data.NoSplit:
+        if cfg.test_split:
+            raise
+        test = train
+    rows = np.arange(len(train))
+    if test.split != train.split:
+        return train, test, rows, np.arange(len(test))
+    held_out = data.subset(rows, math.ceil(len(rows) / 10), data.HELD_OUT)
+    return train, train, np.setdiff1d(rows, held_out), held_out
 
 
 def with_labels(labels, rows, count):
