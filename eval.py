@@ -124,14 +124,13 @@ class Evaluator:
         self.autocast = torch.autocast(self.device.type, self.dtype,
                                        enabled=self.dtype != torch.float32)
         self.train, self.test, train_rows, test_rows = open_both(cfg)
-        same = self.test is self.train
         self.remarks = []
-        if same:
+        if self.test is self.train:
             self.remarks.append("no test split: a tenth of the training images is tested")
         column = self.train.label_column(cfg.label_column)  # for both splits
         source_labels = self.train.source_labels(column)
         labels = source_labels[self.train.rows]
-        labels_test = labels if same else self.test.labels(column)
+        labels_test = self.test.labels(column)
         all_labels = np.concatenate([labels[train_rows], labels_test[test_rows]])
         self.unlabelled = pandas.isna(all_labels).sum()
         self.train_rows = with_labels(labels, train_rows, max_train)

@@ -348,7 +348,8 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     def fill(view, rows, path):
         with open(path, "wb") as file:
             for targets in compute(view, rows):
-                file.write(data.quantise(models.finite(targets)).cpu().numpy())
+                quantised = data.quantise(models.finite(targets))
+                file.write(quantised.cpu().numpy())
             file.truncate(len(rows) * length)  # the first images filled up the last part
 
     key = [identity["images"], identity["teacher"], dtype, len(store), T, D]
@@ -362,15 +363,22 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     known = [(file, view) for file, view, rows in jobs if file.exists() and rows[0] == 0]
     for file, view in {*known[:1], *known[-1:]}:  # before others are filled beside them
         target = next(compute(view, first)).cpu() if view else sample
-        cached = data.Rows([file], torch.int8, (len(shards[0]), T, D + 2))[first]
-        error = (data.dequantise(cached) - target).square().sum((0, 2))
-        if (error > 0.02 * target.square().sum((0, 2))).any():  # a cosine below 0.99
-            raise UserError(f"{folder} holds targets of other code: delete it")
+        cached = data.Rows([file], torch.int8, (len(shards[0]), T, D + 2))
+        check_cached(folder, cached[first], target)
     for wait in (False, True):  # first what no other process is at
         for file, view, rows in jobs:
             data.make_once(file, partial(fill, view, rows), wait)
     return [data.Rows([file for file, own, _ in jobs if own == view], torch.int8,
                       (len(store), T, D + 2)) for view in range(count)]
+
+
+def check_cached(folder, cached, target):
+    """Raise UserError if cached targets, int8, are not what is computed now, by token."""
+    difference = data.dequantise(cached) - target
+    error = difference.square().sum((0, 2))
+    size = target.square().sum((0, 2))
+    if (error > 0.02 * size).any():  # a cosine below 0.99
+        raise UserError(f"{folder} holds targets of other code: delete it")
 
 
 def cache_folder(cfg, distiller, key):
