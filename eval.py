@@ -116,7 +116,9 @@ class Evaluator:
     without a label are left out, unless a split has no labels at all: then none is classified.
     Classes are compared by name, as splits may number them differently."""
 
-    def __init__(self, cfg, max_train=0, max_test=0):
+    def __init__(self, cfg, max_train=0, max_test=0, new=True):
+        """new: train.py has not stated what its images are."""
+        new |= bool(cfg.eval_dataset)
         cfg = on_dataset(cfg, cfg.eval_dataset)
         self.cfg = cfg
         self.device = models.pick_device(cfg.device)
@@ -124,6 +126,7 @@ class Evaluator:
         self.autocast = torch.autocast(self.device.type, self.dtype,
                                        enabled=self.dtype != torch.float32)
         self.train, self.test, train_rows, test_rows = open_both(cfg)
+        self.about = self.train.summary if new else self.train.note
         self.remarks = []
         if self.test is self.train:
             self.remarks.append("no test split: a tenth of the training images is tested")
@@ -157,7 +160,7 @@ class Evaluator:
     def __str__(self):
         lines = [f"evaluate  {self.cfg.dataset}: {len(self.y)} images to learn from, "
                  f"{len(self.y_test)} to test on"]
-        lines.append(f"{self.train.split}: {self.train.summary}")
+        lines.append(f"{self.train.split}: {self.about}")
         if self.test is not self.train:
             lines.append(f"{self.test.split}: {self.test.note}")
         lines += self.remarks
@@ -342,7 +345,7 @@ def main(args, cfg=None):
               for saved, own in map(models.load_checkpoint, args.checkpoints)]
     sizes = [own.stored_size or max(own.teacher_size, own.student_size) for _, own in loaded]
     at_largest = replace(loaded[0][1], stored_size=max(sizes))
-    evaluator = Evaluator(at_largest, args.max_train, args.max_test)
+    evaluator = Evaluator(at_largest, args.max_train, args.max_test, new=not cfg)
     log.info(evaluator) if cfg else print(evaluator, flush=True)  # into train.log, too
     folders = {saved["path"].resolve().parent for saved, _ in loaded}
     alike = len({folder.name for folder in folders}) < len(folders)
@@ -402,9 +405,10 @@ def write(args, cfg, saved, rows):
     table = pandas.DataFrame(rows, columns=list(TITLES)).dropna(axis=1, how="all")
     table = table.rename(columns=TITLES)
     formats = dict.fromkeys(table, "{:.1%}".format)
-    formats |= {"model": str, "M parameters": "{:.2f}".format, "images/s": "{:.0f}".format}
+    formats |= {"model": "{:.40}".format, "M parameters": "{:.2f}".format}
+    formats |= {"images/s": "{:.0f}".format}
     print(table.to_string(index=False, na_rep="", formatters=formats))
-    print(f"all numbers: {path}")
+    print(f"all numbers: {path}\npictures: python examples/figures.py {saved['path'].parent}")
 
 
 if __name__ == "__main__":

@@ -453,7 +453,7 @@ class Journal:
         log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
         if rank == 0:
             if cfg.eval_every or cfg.eval_at_end:  # first, as it may fail
-                self.evaluator = evaluation.Evaluator(cfg, *QUICK_EVAL)
+                self.evaluator = evaluation.Evaluator(cfg, *QUICK_EVAL, new=False)
             folder = cfg.run_path
             if folder.exists() and not cfg.resume:
                 folder.rename(f"{folder}.old-{time_ns()}")

@@ -64,13 +64,15 @@ def test_without_a_terminal_there_are_no_bars_and_lines_have_100_columns(tmp_pat
     assert max(map(len, lines)) <= 100, max(lines, key=len)
     assert [line[:15] for line in lines if line.startswith("epoch")] == [
         "epoch    1 of 2", "epoch    2 of 2"]
-    table = lines[-5:-1]
+    table = lines[-6:-2]
     titles = "model k-NN linear keeps k-NN keeps linear M parameters images/s"
     assert " ".join(table[0].split()) == titles
     for line, name in zip(table[1:], ("teacher demo", "student, untrained", "student, epoch 2"),
                           strict=True):
         assert line.strip().startswith(name) and line.count("%") >= 2, line
-    assert lines[-1] == "all numbers: runs/x/eval.json"
+    assert lines[-2] == "all numbers: runs/x/eval.json"
+    assert lines[-1] == "pictures: python examples/figures.py runs/x"
+    assert done.stdout.count("images: ") == 1, "what the data are is said once"
     log = (tmp_path / "runs/x/train.log").read_text().splitlines()
     assert log == lines[: len(log)], "train.log has the same lines"
 
