@@ -228,9 +228,8 @@ print("####", "modules", "model" in sys.modules)
     assert "modules False" in printed
     lines = printed["Similar images"].splitlines()
     assert lines[0].endswith("train/b/1.jpg") and float(lines[0].split()[0]) > 0.99
-    lines = re.findall(r"^epoch \d+: loss (.*), accuracy (.*)%$", printed["Fine-tuning"], re.M)
-    assert len(lines) == 20 and float(lines[-1][0]) < float(lines[0][0])
-    assert float(lines[-1][1]) > 90
+    lines = re.findall(r": accuracy (.*)%$", printed["Fine-tuning"], re.M)
+    assert len(lines) == 21 and float(lines[-1]) >= float(lines[0]) > 90
     if "A classifier" in recipes:
         assert float(printed["A classifier"]) > 0.9
     if "ONNX" in recipes:
