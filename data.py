@@ -297,12 +297,13 @@ class Table:
 
     def stamps(self, folder):
         """Of the files that cells name in place of bytes; None for one that is not there."""
-        content, path = (compute.struct_field(self.column, name) for name in ("bytes", "path"))
+        content, paths = (compute.struct_field(self.column, name) for name in ("bytes", "path"))
         found = []
-        for name in path.filter(compute.is_null(content)).drop_null().to_pylist():
+        for name in paths.filter(compute.is_null(content)).drop_null().to_pylist():
             found.append(None)
             with suppress(OSError, ValueError):
-                found[-1] = stamp(*os.path.split(os.path.abspath(os.path.join(folder, name))))
+                path = os.path.abspath(os.path.join(folder, name))
+                found[-1] = stamp(*os.path.split(path))
         return found
 
     def cells(self, rows):
@@ -780,7 +781,8 @@ def try_decode(cell, size, folders):
         return decode(cell, size, folders)
     except Exception as error:  # PIL raises nearly anything on hostile bytes
         why = re.sub(r":? (<_io|'/).*", "", reason(error))  # PIL appends an address or the path
-        text = f"{printable(cell.get('path') or 'an image')[:200]}: {why}"
+        name = printable(cell.get("path") or "an image")
+        text = f"{name[:200]}: {why}"
         number = getattr(error, "errno", None)
         # A table may name files that never were; a file of a folder was there. EINVAL: an offset.
         lasting = number in NOT_THERE and "bytes" in cell or number == errno.EINVAL
@@ -892,7 +894,8 @@ def open_store(cfg, split, max_samples=0):
     except Exception as error:
         raise UserError(f"{path} is damaged ({reason(error)}): delete it") from error
     some = np.linspace(0, len(store) - 1, 8).astype(int)  # files may change and keep their times
-    for cell, kept in zip(source.cells(store.rows[some]), store.images[some].numpy(), strict=True):
+    cells = source.cells(store.rows[some])
+    for cell, kept in zip(cells, store.images[some].numpy(), strict=True):
         image = try_decode(cell, store.size, source.folders)
         if isinstance(image, str) or abs(image - kept.astype(float)).mean() > 2:
             raise UserError(f"{path} holds other images than the data now, or of other code: "
@@ -938,6 +941,7 @@ def build_store(source, max_samples, size, path):
         note += f", {len(bad)} images cannot be read, such as {examples}"
     if not len(kept):
         raise UserError(f"no image of {source.split} can be read ({note}); {READ}")
-    info = dict(split=source.split, size=size, fingerprint=f"{pixels.hexdigest()[:12]}-{size}",
-                note=note, unreadable=list(bad.items())[:1000])
+    fingerprint = f"{pixels.hexdigest()[:12]}-{size}"
+    info = dict(split=source.split, size=size, fingerprint=fingerprint, note=note,
+                unreadable=list(bad.items())[:1000])
     (path / "info.json").write_text(json.dumps(info))

@@ -269,9 +269,11 @@ class Evaluator:
         for split, embeddings, y, store, rows in (
                 ("train", train, self.y, self.train, self.train_rows),
                 ("test", test, self.y_test, self.test, self.test_rows)):
-            names = dict(images=json.dumps(store.names(rows)), classes=json.dumps(self.classes))
+            images = json.dumps(store.names(rows))
+            classes = json.dumps(self.classes)
             file = Path(folder, f"{split}.safetensors")
-            save_file(dict(embeddings=embeddings, labels=y), file, names)
+            save_file(dict(embeddings=embeddings, labels=y), file,
+                      dict(images=images, classes=classes))
         print(f"features: {folder}")
 
 

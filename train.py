@@ -363,7 +363,8 @@ def cache_targets(cfg, distiller, teach, identity, dtype, store, device):
     known = [(file, view) for file, view, rows in jobs if file.exists() and rows[0] == 0]
     for file, view in {*known[:1], *known[-1:]}:  # before others are filled beside them
         target = next(compute(view, first)).cpu() if view else sample
-        cached = data.Rows([file], torch.int8, (len(shards[0]), T, D + 2))
+        shape = len(shards[0]), T, D + 2
+        cached = data.Rows([file], torch.int8, shape)
         check_cached(folder, cached[first], target)
     for wait in (False, True):  # first what no other process is at
         for file, view, rows in jobs:
@@ -434,9 +435,10 @@ def average_gradients(module):
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    sizes = [gradient.numel() for gradient in gradients]
     flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
     dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 

@@ -148,6 +148,7 @@ def progress(path: Path, cfg, evaluator: evaluation.Evaluator, teacher: model.Ba
     axis.axhline(least, color="#999999", linestyle=":", label="untrained")
     axis.set(title="k-NN accuracy, %", xlabel="minutes of training", ylim=(0, 103))
     axis.legend()
+    right.suptitle("the nearest training image")
     axes = right.subplots(1 + len(students), SHOWN)
     for row in axes:
         for cell in row:
@@ -190,7 +191,7 @@ def main(checkpoint: str, folder: str = "") -> None:
               f"{FEWEST} show something")
     rows = data.subset(np.arange(len(evaluator.train)), SHOWN)
     images = evaluator.train.images[rows]
-    views = [(f"view {view}", data.render(images, cfg.student_size, *data.view_crops(
+    views = [(f"view {view + 1}", data.render(images, cfg.student_size, *data.view_crops(
         rows, cfg.seed, view, cfg.crop_scale))) for view in range(max(cfg.teacher_views, 1))]
     title = "crops, the same for teacher and student"
     sheet(folder / "views.png", title, [("image", images / 255), *views])
