@@ -95,7 +95,8 @@ class Config:
 
     @property
     def run_path(self):
-        return Path(self.run_dir or f"runs/{slug(self.dataset)}-{self.teacher}-{self.student}")
+        usual = f"runs/{slug(self.dataset)}-{self.teacher}-{self.student}"
+        return Path(self.run_dir or usual)
 
     def fixed_settings(self):
         """The settings that may not change when a run is continued."""
